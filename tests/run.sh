@@ -1,0 +1,104 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# Runs every check of vLLM-Mirage: ruff, mypy, shellcheck, bats, pytest. Needs no GPU.
+set -uo pipefail
+
+usage() {
+  cat <<'TEXT'
+usage: tests/run.sh [--quick] [PYTEST ARGUMENT ...]
+
+Runs ruff, mypy, shellcheck, bats and pytest in the active virtual environment, or in .venv, and first lets
+./install.sh put vLLM and the overlay there (a second run changes nothing).
+
+  --quick            leave out what installs vLLM or starts its engine
+  PYTEST ARGUMENT    passed on to pytest, for example -k norm_qkv; then only pytest runs
+  -h, --help         this text
+TEXT
+}
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+quick=0
+pytest_args=()
+passed=()
+failed=()
+
+parse_arguments() {
+  while (($#)); do
+    case $1 in
+      --quick) quick=1 ;;
+      -h | --help) usage && exit 0 ;;
+      *) pytest_args+=("$1") ;;
+    esac
+    shift
+  done
+}
+
+# The environment with vLLM and the overlay: sets `bin`, the folder of its programs.
+prepare_environment() {
+  ./install.sh || exit 1
+  bin=${VIRTUAL_ENV:-$root/.venv}/bin
+  "$bin/python" -m pip install --quiet --disable-pip-version-check -r tests/requirements.txt || exit 1
+  export PATH="$bin:$PATH"
+}
+
+# step NAME COMMAND...: runs one check and remembers how it ended.
+step() {
+  local name=$1 start=$SECONDS
+  shift
+  printf '\n== %s\n' "$name"
+  if "$@"; then
+    passed+=("$name ($((SECONDS - start)) s)")
+  else
+    failed+=("$name ($((SECONDS - start)) s)")
+  fi
+}
+
+shell_files() {
+  find . \( -name .git -o -name .venv -o -name node_modules \) -prune \
+    -o \( -name '*.sh' -o -name '*.bats' -o -path ./.ci/run \) -print
+}
+
+run_shellcheck() {
+  local files
+  mapfile -t files < <(shell_files)
+  shellcheck "${files[@]}"
+}
+
+run_bats() {
+  if ((quick)); then
+    bats --filter-tags '!slow' tests
+  else
+    bats tests
+  fi
+}
+
+run_pytest() {
+  local selection=()
+  ((quick)) && selection=(-m 'not engine')
+  python -m pytest "${selection[@]}" "${pytest_args[@]}"
+}
+
+summary() {
+  local line
+  printf '\n== Summary\n'
+  for line in "${passed[@]}"; do printf '  passed  %s\n' "$line"; done
+  for line in "${failed[@]}"; do printf '  FAILED  %s\n' "$line"; done
+  printf 'checks: %d passed, %d failed\n' "${#passed[@]}" "${#failed[@]}"
+  ((${#failed[@]} == 0))
+}
+
+main() {
+  parse_arguments "$@"
+  cd "$root" || exit 1
+  prepare_environment
+  if ((${#pytest_args[@]} == 0)); then
+    step ruff ruff check .
+    step mypy mypy .
+    step shellcheck run_shellcheck
+    step bats run_bats
+  fi
+  step pytest run_pytest
+  summary
+}
+
+main "$@"
