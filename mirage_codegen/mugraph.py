@@ -181,14 +181,14 @@ class RuntimeEps:
 
 @dataclass(frozen=True)
 class View:
-    """The input `tensor` is no allocation of its own: it starts `offset` elements into the runtime argument `source`.
+    """The input `tensor` is no runtime argument of its own: it is a part of the argument `source`.
 
-    Mirage 0.2.2 cannot take two tiles that lie apart from one tensor in one block.
+    The views of one source lie in it one behind the other, in the order in which they are annotated. Mirage 0.2.2
+    cannot take two tiles that lie apart from one tensor in one block, so such parts are tensors of their own there.
     """
 
     tensor: str
     source: str
-    offset: int
 
 
 @dataclass(frozen=True)
@@ -264,9 +264,22 @@ class MuGraph:
         """The runtime argument added under that rms accumulator's root, or None."""
         return next((item.argument for item in self.annotations.eps if item.tile == tile), None)
 
-    def view_of(self, tensor: str) -> View | None:
-        """How that input lies in a larger runtime argument, or None when it is an argument itself."""
-        return next((item for item in self.annotations.views if item.tensor == tensor), None)
+    def argument_of(self, tensor: str) -> tuple[str, int]:
+        """The runtime argument that holds that input, and at which element the input starts in it."""
+        source = next((view.source for view in self.annotations.views if view.tensor == tensor), None)
+        if source is None:
+            return tensor, 0
+        parts = [view.tensor for view in self.annotations.views if view.source == source]
+        return source, sum(math.prod(self.tensor(part).dims) for part in parts[: parts.index(tensor)])
+
+    def inputs_in(self, argument: str) -> tuple[Tensor, ...]:
+        """The graph's inputs that lie in that runtime argument."""
+        return tuple(tensor for tensor in self.inputs if self.argument_of(tensor.name)[0] == argument)
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """The names of the runtime tensors that a caller passes, in the order of the inputs that lie in them."""
+        return tuple(dict.fromkeys(self.argument_of(tensor.name)[0] for tensor in self.inputs))
 
     def schedule(self) -> Schedule:
         """The numbers of the graph's skinny GEMM; GraphError when there is no matmul or two disagree."""
@@ -286,6 +299,35 @@ class MuGraph:
         return Schedule(
             num_tokens, k, n, block.grid_dim, math.prod(block.block_dim), block.forloop_range, k_tile, n_tile
         )
+
+    def resized(
+        self, *, num_tokens: int, k: int, n: int, grid: tuple[int, int, int], threads: int, forloop_range: int
+    ) -> MuGraph:
+        """The graph of the same op for another shape and schedule; GraphError if its tiles do not divide.
+
+        Equal to what Mirage exports for those numbers (tested), but needs no Mirage. The graph must not have a token
+        capacity, k or n of 1: a dim of 1 could not be told from a broadcast one.
+        """
+        old = self.schedule()
+        if 1 in (old.num_tokens, old.k, old.n):
+            raise GraphError(
+                f"{self.name} has a dim of 1 and cannot be resized, because that could be a broadcast dim."
+            )
+        sizes = _DimClasses(self).sizes({"m": num_tokens, "k": k, "n": n})
+        tensors = tuple(_resized_tensor(tensor, sizes) for tensor in self.tensors)
+        block = dataclasses.replace(
+            self.block_graph, grid_dim=grid, block_dim=(threads, 1, 1), forloop_range=forloop_range
+        )
+        block = _with_inferred_tiles(block, {tensor.name: tensor for tensor in tensors})
+        operators = tuple(
+            dataclasses.replace(op, block_graph=block) if op.kind == "customized" else op for op in self.operators
+        )
+        return dataclasses.replace(self, tensors=tensors, operators=operators).validate()
+
+    def with_dtype(self, dtype: str) -> MuGraph:
+        """The same graph over tensors of another dtype."""
+        tensors = tuple(dataclasses.replace(tensor, dtype=dtype) for tensor in self.tensors)
+        return dataclasses.replace(self, tensors=tensors).validate()
 
     # Checks
 
@@ -490,8 +532,11 @@ def _validate_annotations(graph: MuGraph) -> None:
             raise GraphError(f"The eps {item.argument} is annotated on {item.tile}, which is no rms accumulator.")
     inputs = {tensor.name for tensor in graph.inputs}
     for view in graph.annotations.views:
-        if view.tensor not in inputs or view.offset < 0:
-            raise GraphError(f"The view of {view.tensor} at {view.offset} is no input at an offset of 0 or more.")
+        if view.tensor not in inputs:
+            raise GraphError(f"The view {view.tensor} of {view.source} is no input of the graph.")
+        if view.source in inputs:
+            raise GraphError(f"The source {view.source} of the view {view.tensor} is an input of the graph itself.")
+    _check_unique("view", [view.tensor for view in graph.annotations.views])
 
 
 def _check_unique(what: str, names: Iterable[str]) -> None:
@@ -535,6 +580,84 @@ def _broadcast(kind: str, shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
             raise GraphError(f"The {kind} operator combines {list(result)} with {list(shape)}.")
         result = tuple(max(a, b) for a, b in zip(result, shape, strict=True))
     return result
+
+
+# Resizing
+
+
+class _DimClasses:
+    """Which dims of a graph are the same dim: all token dims, all contraction dims, all output column dims."""
+
+    def __init__(self, graph: MuGraph) -> None:
+        self._graph = graph
+        self._parent: dict[tuple[str, str, int], tuple[str, str, int]] = {}
+        for operator in graph.operators:
+            if operator.kind in (*UNARY, *BINARY):
+                self._unify_elementwise("tensor", operator.outputs[0], operator.inputs)
+        for op in graph.block_graph.operators:
+            self._unify_block_operator(op)
+
+    def sizes(self, wanted: Mapping[str, int]) -> dict[tuple[str, int], int]:
+        """The new size of each (tensor, dim) that is a token (m), contraction (k) or output column (n) dim."""
+        matmul = self._graph.block_graph.of_kind("matmul")[0]
+        left, right = matmul.inputs
+        roots = {self._root(("tile", left, 0)): "m", self._root(("tile", left, 1)): "k"}
+        roots[self._root(("tile", right, 1))] = "n"
+        if len(roots) != 3:
+            raise GraphError(f"{self._graph.name} ties its token, k and n dims together and cannot be resized.")
+        return {
+            (tensor.name, dim): wanted[roots[root]]
+            for tensor in self._graph.tensors
+            for dim in range(len(tensor.dims))
+            if (root := self._root(("tensor", tensor.name, dim))) in roots
+        }
+
+    def _root(self, node: tuple[str, str, int]) -> tuple[str, str, int]:
+        while node in self._parent:
+            node = self._parent[node]
+        return node
+
+    def _unify(self, a: tuple[str, str, int], b: tuple[str, str, int]) -> None:
+        a, b = self._root(a), self._root(b)
+        if a != b:
+            self._parent[a] = b
+
+    def _dims(self, level: str, name: str) -> tuple[int, ...]:
+        return (self._graph.tensor(name) if level == "tensor" else self._graph.block_graph.tile(name)).dims
+
+    def _unify_elementwise(self, level: str, output: str, inputs: Iterable[str]) -> None:
+        for name in inputs:
+            pairs = zip(self._dims(level, output), self._dims(level, name), strict=True)
+            for dim, (size, operand) in enumerate(pairs):
+                if size == operand:
+                    self._unify((level, output, dim), (level, name, dim))
+
+    def _unify_block_operator(self, op: BlockOperator) -> None:
+        if op.kind == "matmul":
+            assert op.output is not None  # validate() ensures it
+            self._unify(("tile", op.inputs[0], 0), ("tile", op.output, 0))
+            self._unify(("tile", op.inputs[0], 1), ("tile", op.inputs[1], 0))
+            self._unify(("tile", op.inputs[1], 1), ("tile", op.output, 1))
+        elif op.tensor is not None:
+            tile = op.output if op.output is not None else op.inputs[0]
+            for dim in range(len(self._graph.tensor(op.tensor).dims)):
+                self._unify(("tensor", op.tensor, dim), ("tile", tile, dim))
+        elif op.output is not None:
+            self._unify_elementwise("tile", op.output, op.inputs)
+
+
+def _resized_tensor(tensor: Tensor, sizes: Mapping[tuple[str, int], int]) -> Tensor:
+    dims = tuple(sizes.get((tensor.name, i), size) for i, size in enumerate(tensor.dims))
+    layout = row_major if tensor.strides == row_major(tensor.dims) else column_major
+    return dataclasses.replace(tensor, dims=dims, strides=layout(dims))
+
+
+def _with_inferred_tiles(block: BlockGraph, tensors: Mapping[str, Tensor]) -> BlockGraph:
+    tiles: dict[str, tuple[int, ...]] = {}
+    for op in block.operators:
+        if op.output is not None:
+            tiles[op.output] = _tile_dims(op, block, tiles, tensors)
+    return dataclasses.replace(block, tiles=tuple(Tile(tile.name, tiles[tile.name]) for tile in block.tiles))
 
 
 # Small helpers
