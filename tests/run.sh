@@ -33,10 +33,11 @@ parse_arguments() {
   done
 }
 
-# The environment with vLLM and the overlay: sets `bin`, the folder of its programs.
+# vLLM, the overlay and the test tools in one environment, whose programs come first from here on.
 prepare_environment() {
+  local bin
   ./install.sh || exit 1
-  bin=${VIRTUAL_ENV:-$root/.venv}/bin
+  bin=${VIRTUAL_ENV:-${CONDA_PREFIX:-$root/.venv}}/bin # as install.sh chooses it
   "$bin/python" -m pip install --quiet --disable-pip-version-check -r tests/requirements.txt || exit 1
   export PATH="$bin:$PATH"
 }
