@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """test_mirage_qwen3.py itself: it passes on the overlay, and it fails when the overlay computes something else."""
 
-import importlib.util
 import json
 import os
 import shutil
@@ -14,54 +13,35 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
-ROOT = Path(__file__).resolve().parent.parent
-SCRIPT = ROOT / "test_mirage_qwen3.py"
+import test_mirage_qwen3 as script
+
+SCRIPT = Path(script.__file__)
 
 
-def load_script():
-    spec = importlib.util.spec_from_file_location("functional_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-script = load_script()
-
-# --------------------------------------------------------------------------- a vLLM with the overlay, made of links
+# --------------------------------------------------------------------------- a vLLM with an overlay that may be wrong
 OPS_FILE = "model_executor/layers/fused_mirage_ops.py"
 
 
-def link_vllm_with_overlay(site: Path) -> Path:
-    """Put this Python's vLLM into `site` as links to its files, with this tree's overlay applied; return its folder."""
-    source = Path(importlib.util.find_spec("vllm").origin).parent
-    package = site / "vllm"
-    shutil.copytree(source, package, copy_function=os.symlink)
-    models = package / "model_executor" / "models"
-    if not (models / "qwen3_stock.py").exists():  # a stock vLLM: the overlay is not installed in this environment
-        (models / "qwen3.py").rename(models / "qwen3_stock.py")
-    for file in (ROOT / "patches" / "vllm").rglob("*"):
-        if file.is_file() and "__pycache__" not in file.parts:
-            target = package / file.relative_to(ROOT / "patches" / "vllm")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.unlink(missing_ok=True)
-            shutil.copy(file, target)
-    return package
-
-
 @pytest.fixture(scope="module")
-def package(tmp_path_factory):
-    return link_vllm_with_overlay(tmp_path_factory.mktemp("site"))
+def package(vllm_overlay, tmp_path_factory):
+    """The overlaid vLLM once more, as links to its files: one of them can be replaced."""
+    package = tmp_path_factory.mktemp("site") / "vllm"
+    return shutil.copytree(vllm_overlay / "vllm", package, copy_function=os.symlink)
 
 
 @pytest.fixture
 def overlaid(package, monkeypatch):
-    """The overlaid vLLM is what processes started from here import, with this tree's operations file."""
+    """The overlaid vLLM is what processes started from here import; its operations file may be written to."""
+    ops = package / OPS_FILE
+    right = ops.resolve()
+    ops.unlink()
+    shutil.copy(right, ops)
     monkeypatch.setenv("PYTHONPATH", str(package.parent))
     monkeypatch.delenv("VLLM_MIRAGE_OPS", raising=False)
     monkeypatch.delenv("VLLM_USE_MIRAGE", raising=False)
     yield package
-    shutil.copy(ROOT / "patches" / "vllm" / OPS_FILE, package / OPS_FILE)
+    ops.unlink()
+    ops.symlink_to(right)
 
 
 def tiny_spec():
