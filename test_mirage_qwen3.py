@@ -565,7 +565,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--enforce-eager", action=argparse.BooleanOptionalAction, help="no torch.compile (default: on a CPU)")
     add("--tensor-parallel-size", type=at_least(1), default=1, metavar="N", help="default 1")
     add("--gpu-memory-utilization", type=fraction, default=0.85, metavar="F", help="share of GPU memory (default 0.85)")
-    add("--prompts", metavar="FILE", help="one prompt a line, # starts a comment line (default: six built-in prompts)")
+    add("--prompts", metavar="FILE", help="one prompt a line (default: six built-in prompts)")
     add("--arm-spec", help=argparse.SUPPRESS)  # the script calls itself with it, once for each arm
     return parser.parse_args(argv)
 
@@ -631,7 +631,7 @@ def read_prompts(file: str | None) -> list[str]:
         lines = Path(file).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"The prompts in {file} cannot be read: {error}.") from error
-    prompts = [line for line in lines if line.strip() and not line.startswith("#")]
+    prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise BadInput(f"{file} holds no prompt: write one on each line.")
     return prompts

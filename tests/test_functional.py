@@ -274,7 +274,7 @@ def test_a_folder_that_is_no_qwen3_ends_with_2(config, says, with_overlay, tmp_p
 
 
 def test_an_empty_prompt_file_ends_with_2(with_overlay, tmp_path, capsys):
-    (tmp_path / "prompts.txt").write_text("# only a comment\n\n")
+    (tmp_path / "prompts.txt").write_text("\n  \n")
     assert script.main(["--model", "tiny", "--prompts", str(tmp_path / "prompts.txt")]) == 2
     assert "holds no prompt" in one_sentence(capsys)
 
