@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -35,7 +35,7 @@ from mirage_codegen.mugraph import (
 
 Array = npt.NDArray[np.float64]
 
-_ELEMENTWISE = {
+_ELEMENTWISE: dict[str, Callable[..., Array]] = {
     "add": np.add,
     "mul": np.multiply,
     "div": np.divide,

@@ -152,6 +152,16 @@ class BlockGraph:
         """The operators that run in those phases, in graph order."""
         return tuple(operator for operator in self.operators if self.phase(operator) in phases)
 
+    def with_inferred_tiles(self, tensors: Iterable[Tensor]) -> BlockGraph:
+        """The same operators over tiles of the dims that they give; GraphError where those do not fit together."""
+        by_name = {tensor.name: tensor for tensor in tensors}
+        tiles: dict[str, tuple[int, ...]] = {}
+        for op in self.operators:
+            _check_available(op.inputs, set(tiles), op.kind)
+            if op.output is not None:
+                tiles[op.output] = _tile_dims(op, self, tiles, by_name)
+        return dataclasses.replace(self, tiles=tuple(Tile(name, dims) for name, dims in tiles.items()))
+
     def weights(self) -> tuple[BlockOperator, ...]:
         """The input operators whose tile is the right operand of a matmul: the streamed weights, in graph order."""
         right_operands = {matmul.inputs[1] for matmul in self.of_kind("matmul")}
@@ -318,7 +328,7 @@ class MuGraph:
         block = dataclasses.replace(
             self.block_graph, grid_dim=grid, block_dim=(threads, 1, 1), forloop_range=forloop_range
         )
-        block = _with_inferred_tiles(block, {tensor.name: tensor for tensor in tensors})
+        block = block.with_inferred_tiles(tensors)
         operators = tuple(
             dataclasses.replace(op, block_graph=block) if op.kind == "customized" else op for op in self.operators
         )
@@ -357,7 +367,7 @@ class MuGraph:
 
 
 def _validate_kernel_level(graph: MuGraph) -> None:
-    _check_unique(f"tensor of {graph.name}", [tensor.name for tensor in graph.tensors])
+    _check_unique(f"tensors of {graph.name}", [tensor.name for tensor in graph.tensors])
     tensors = {tensor.name: tensor for tensor in graph.tensors}
     for tensor in graph.tensors:
         _check_tensor(tensor)
@@ -411,7 +421,7 @@ def _validate_block_graph(operator: KernelOperator, block: BlockGraph, tensors: 
             raise GraphError(f"{label} is {list(values)}, expected three positive numbers.")
     if block.forloop_range < 1:
         raise GraphError(f"forloop_range is {block.forloop_range}, expected 1 or more.")
-    _check_unique("tile", [tile.name for tile in block.tiles])
+    _check_unique("tiles", [tile.name for tile in block.tiles])
     stated = {tile.name: tile.dims for tile in block.tiles}
     made: set[str] = set()
     for op in block.operators:
@@ -536,14 +546,14 @@ def _validate_annotations(graph: MuGraph) -> None:
             raise GraphError(f"The view {view.tensor} of {view.source} is no input of the graph.")
         if view.source in inputs:
             raise GraphError(f"The source {view.source} of the view {view.tensor} is an input of the graph itself.")
-    _check_unique("view", [view.tensor for view in graph.annotations.views])
+    _check_unique("views", [view.tensor for view in graph.annotations.views])
 
 
 def _check_unique(what: str, names: Iterable[str]) -> None:
     seen: set[str] = set()
     for name in names:
         if name in seen:
-            raise GraphError(f"There are two {what}s named {name}.")
+            raise GraphError(f"There are two {what} named {name}.")
         seen.add(name)
 
 
@@ -650,14 +660,6 @@ def _resized_tensor(tensor: Tensor, sizes: Mapping[tuple[str, int], int]) -> Ten
     dims = tuple(sizes.get((tensor.name, i), size) for i, size in enumerate(tensor.dims))
     layout = row_major if tensor.strides == row_major(tensor.dims) else column_major
     return dataclasses.replace(tensor, dims=dims, strides=layout(dims))
-
-
-def _with_inferred_tiles(block: BlockGraph, tensors: Mapping[str, Tensor]) -> BlockGraph:
-    tiles: dict[str, tuple[int, ...]] = {}
-    for op in block.operators:
-        if op.output is not None:
-            tiles[op.output] = _tile_dims(op, block, tiles, tensors)
-    return dataclasses.replace(block, tiles=tuple(Tile(tile.name, tiles[tile.name]) for tile in block.tiles))
 
 
 # Small helpers
