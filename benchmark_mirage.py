@@ -481,19 +481,18 @@ def measure_copy(size: int) -> float:
     return 2 * size / (float(np.median([replay_us(graph, 1) for _ in range(20)])) * 1e-6)
 
 
-KERNEL_KINDS = (  # first match names the kind of a kernel; lower case
-    ("Mirage kernel", ("mirage",)),
-    ("KV cache write", ("reshape_and_cache",)),
-    ("attention", ("flash", "fmha", "attention")),
-    ("linear layer", ("nvjet", "gemm", "gemv", "cutlass", "splitk", "cublas")),
-    ("norm, RoPE, activation", ("triton", "norm", "rotary", "silu")),
+KERNEL_KINDS = (  # the first pattern found in a kernel's name, in lower case, says its kind
+    ("Mirage kernel", r"^(add_)?rms_norm(_linear)?$|^linear$|mirage"),  # ours are extern "C" under the op's name
+    ("KV cache write", r"reshape_and_cache"),
+    ("attention", r"flash|fmha|attention"),
+    ("linear layer", r"nvjet|gemm|gemv|cutlass|splitk|cublas"),
+    ("norm, RoPE, activation", r"triton|norm|rotary|silu"),
 )
 
 
 def kernel_kind(name: str) -> str:
     """Kind of a CUDA kernel, by its name."""
-    lowered = name.lower()
-    return next((kind for kind, parts in KERNEL_KINDS if any(p in lowered for p in parts)), "other")
+    return next((kind for kind, pattern in KERNEL_KINDS if re.search(pattern, name.lower())), "other")
 
 
 def one_layer(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -848,7 +847,8 @@ def reason_not_fused(result: dict[str, Any]) -> str | None:
         reasons = [layer["reason"] for layer in report["layers"] if layer["reason"]]
         return f"no layer took the fused path: {reasons[0] if reasons else 'the model has no Qwen3 layers'}"
     if kernel_calls(report) == 0:
-        return f"no Mirage kernel was launched although {len(fused)} layers are fused: the op's fallback ran"
+        reasons = [layer["reason"] for layer in fused if layer["reason"]]
+        return f"no Mirage kernel was launched: {reasons[0] if reasons else 'the op took its fallback every time'}"
     if kernel_calls(stock):
         return "the stock arm launched Mirage kernels too: it compares nothing"
     return None
@@ -928,7 +928,7 @@ def floor_text(line: dict[str, Any]) -> str:
     if not line["floor"]:
         return "-"
     shares = [f"{line['floor'] / line[arm]['median']:.0%}" for arm in ARMS if line.get(arm)]
-    return f"{digits(line['floor'])} ({', '.join(shares)})"
+    return digits(line["floor"]) + (f" ({', '.join(shares)})" if shares else "")
 
 
 def print_table(header: list[str], lines: list[list[str]]) -> None:

@@ -1,0 +1,310 @@
+# SPDX-License-Identifier: Apache-2.0
+"""benchmark_mirage.py: statistics, refusals, comparison, pictures, and one run of the default level on a CPU."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import benchmark_mirage as bench  # noqa: E402
+
+PNG = b"\x89PNG"
+
+
+def noise(mean: float, count: int, seed: int, spread: float = 0.01) -> list[float]:
+    return list(mean * (1 + spread * np.random.default_rng(seed).standard_normal(count)))
+
+
+def report(level: str = "step", stock: float = 2.0, mirage: float = 1.6, rounds: int = 10, seed: int = 0) -> dict:
+    """A finished GPU report with made-up samples: batch sizes 1 and 4."""
+    rows = []
+    for batch in (1, 4):
+        line = bench.row("Qwen3-0.6B", bench.PLOTTED[level], batch, "ms", floor=0.2)
+        line["samples"] = {
+            "stock": noise(stock, rounds, seed + batch),
+            "mirage": noise(mirage, rounds, seed + batch + 100),
+        }
+        rows.append(line)
+    layer = {"name": "model.layers.0", "op": "norm_qkv", "path": "fused", "kernel": "k", "reason": None}
+    empty = {"switch": "0", "overlay_version": "0", "layers": [], "calls": {"norm_qkv.kernel": 0}}
+    result = {
+        "schema": bench.SCHEMA,
+        "level": level,
+        "command": "benchmark_mirage.py",
+        "date": "today",
+        "rows": rows,
+        "environment": {"gpu": "made up", "torch": "2", "vllm": "0", "cuda": "13"},
+        "settings": {"num_iterations": rounds, "num_warmup": 1, "dtype": "?", "fresh": False, "enforce_eager": False},
+        "peak_memory_bytes": {"stock": 1 << 30, "mirage": 1 << 30},
+        "reports": {"stock": empty, "mirage": {**empty, "layers": [layer], "calls": {"norm_qkv.kernel": 7}}},
+    }
+    bench.finish(result)
+    return result
+
+
+# --- statistics
+
+
+def test_summary_is_median_and_outer_deciles() -> None:
+    assert bench.summarize([float(n) for n in range(11)]) == {"median": 5.0, "p10": 1.0, "p90": 9.0, "n": 11}
+
+
+def test_interval_of_a_clear_speedup_holds_the_truth_and_not_one() -> None:
+    speedup = bench.paired_speedup(noise(2.0, 40, 1), noise(1.6, 40, 2))
+    assert 1 < speedup["low"] <= 1.25 <= speedup["high"]
+    assert speedup["verdict"] == "faster"
+    assert bench.paired_speedup(noise(1.6, 40, 2), noise(2.0, 40, 1))["verdict"] == "slower"
+
+
+def test_equal_arms_show_no_difference() -> None:
+    assert bench.paired_speedup(noise(2.0, 40, 1), noise(2.0, 40, 2))["verdict"] == "no difference"
+
+
+def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+    hits = 0
+    for seed in range(200):
+        speedup = bench.paired_speedup(noise(1.0, 10, 2 * seed, 0.05), noise(1.0, 10, 2 * seed + 1, 0.05))
+        hits += speedup["low"] <= 1 <= speedup["high"]
+    assert hits >= 180  # nominal 190 of 200
+
+
+def test_drift_that_both_arms_share_cancels() -> None:
+    drift = np.linspace(1, 3, 20)
+    speedup = bench.paired_speedup(list(drift * noise(1.1, 20, 1)), list(drift * noise(1.0, 20, 2)))
+    assert speedup["low"] > 1.05
+    assert speedup["high"] < 1.15
+
+
+def test_more_tokens_per_second_is_faster() -> None:
+    speedup = bench.paired_speedup(noise(100, 20, 1), noise(120, 20, 2), better="higher")
+    assert speedup["verdict"] == "faster"
+    assert speedup["ratio"] == pytest.approx(1.2, rel=0.02)
+
+
+def test_four_rounds_give_a_ratio_but_no_interval() -> None:
+    speedup = bench.paired_speedup([2.0] * 4, [1.0] * 4)
+    assert speedup["ratio"] == 2
+    assert speedup["low"] is None
+    assert "too few" in speedup["verdict"]
+
+
+def test_samples_that_are_no_pairs_are_refused() -> None:
+    with pytest.raises(ValueError, match="no pairs"):
+        bench.paired_speedup([1.0] * 5, [1.0] * 6)
+
+
+# --- when no speed-up may be printed
+
+
+def test_a_report_gives_the_speedup_when_the_fused_path_ran(capsys: pytest.CaptureFixture[str]) -> None:
+    result = report()
+    bench.print_report(result)
+    assert result["reason"] is None
+    assert {line["speedup"]["verdict"] for line in result["rows"]} == {"faster"}
+    assert "No speed-up" not in capsys.readouterr().out
+
+
+def break_gpu(result: dict[str, Any]) -> None:
+    result["environment"]["gpu"] = None
+
+
+def break_layers(result: dict[str, Any]) -> None:
+    result["reports"]["mirage"]["layers"][0] |= {"path": "stock", "kernel": None, "reason": "LoRA is active"}
+
+
+def break_calls(result: dict[str, Any]) -> None:
+    result["reports"]["mirage"]["calls"] = {"norm_qkv.kernel": 0, "norm_qkv.torch": 9}
+
+
+def break_stock(result: dict[str, Any]) -> None:
+    result["reports"]["stock"]["calls"] = {"norm_qkv.kernel": 3}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (break_gpu, "no GPU"),
+        (break_layers, "LoRA is active"),
+        (break_calls, "no Mirage kernel was launched"),
+        (break_stock, "stock arm launched"),
+    ],
+)
+def test_without_the_fused_path_the_reason_stands_in_place_of_a_speedup(
+    change: Any, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = report()
+    change(result)
+    bench.finish(result)
+    assert [line["speedup"] for line in result["rows"]] == [None, None]
+    bench.print_report(result)
+    out = capsys.readouterr().out
+    assert "No speed-up is reported: " in out
+    assert said in out
+    assert "1.25" not in out
+
+
+def test_kernel_level_without_any_kernel_says_why() -> None:
+    result = report("kernel")
+    for line in result["rows"]:
+        line |= {"note": "sm_75 is too old", "samples": {"stock": [], "mirage": []}}
+    bench.finish(result)
+    assert result["reason"] == "sm_75 is too old"
+
+
+# --- wrong input
+
+
+def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, str(ROOT / "benchmark_mirage.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env, check=False)
+
+
+def test_wrong_input_is_one_sentence_and_exit_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty.txt").write_text("\n \n")
+    (tmp_path / "no.json").write_text("[]")
+    cases = [
+        (["--batch-sizes", "0"], "expected a whole number from 1, found '0'"),
+        (["--batch-sizes", "1", "two"], "found 'two'"),
+        (["--num-iterations", "-3"], "found '-3'"),
+        (["--level", "all"], "invalid choice: 'all'"),
+        (["--prompts", str(tmp_path / "missing.txt")], "missing.txt"),
+        (["--prompts", str(tmp_path / "empty.txt")], "is empty"),
+        (["--model", "Qwen4"], "Unknown model 'Qwen4'"),
+        (["--model", str(tmp_path)], "holds no config.json"),
+        (["--max-tokens", "5000"], "raise --max-model-len"),
+        (["--level", "kernel", "--profile", "a.png"], "--profile"),
+        (["--from-json", str(tmp_path / "missing.json")], "missing.json"),
+        (["--compare", str(tmp_path / "no.json")], "no report of this benchmark"),
+    ]
+    for arguments, said in cases:
+        assert bench.main(arguments) == 2, arguments
+        error = capsys.readouterr().err.strip()
+        assert said in error, arguments
+        assert len(error.splitlines()) == 1, error
+
+
+def test_wrong_input_ends_the_process_with_status_2() -> None:
+    answer = run("--batch-sizes", "0")
+    assert answer.returncode == 2
+    assert answer.stdout == ""
+    assert "Traceback" not in answer.stderr
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
+@pytest.mark.parametrize("level", ["step", "kernel"])
+def test_gpu_levels_refuse_a_machine_without_a_gpu(level: str, capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    assert bench.main(["--level", level]) == 2
+    assert "no NVIDIA GPU" in capsys.readouterr().err
+
+
+# --- comparing, drawing, the JSON
+
+
+def test_compare_flags_what_became_slower_and_nothing_else() -> None:
+    sentences, regressions = bench.compare(report(mirage=1.6), report(mirage=1.8, seed=7))
+    assert regressions == 2
+    assert [s for s in sentences if s.startswith("REGRESSION")] == [s for s in sentences if ", mirage:" in s]
+    assert bench.compare(report(), report(seed=7))[1] == 0
+    assert any(s.startswith("Improvement") for s in bench.compare(report(), report(mirage=1.2))[0])
+
+
+def test_compare_exits_with_1_on_a_regression_and_0_without(tmp_path: Path) -> None:
+    old, same, slow = (tmp_path / name for name in ("old.json", "same.json", "slow.json"))
+    old.write_text(json.dumps(report()))
+    same.write_text(json.dumps(report(seed=7)))
+    slow.write_text(json.dumps(report(mirage=1.9)))
+    assert bench.main(["--from-json", str(same), "--compare", str(old)]) == 0
+    assert bench.main(["--from-json", str(slow), "--compare", str(old)]) == 1
+
+
+def test_compare_refuses_another_level_and_names_another_gpu() -> None:
+    with pytest.raises(bench.UsageError, match="Cannot compare level"):
+        bench.compare(report("step"), report("kernel"))
+    other = report()
+    other["environment"]["gpu"] = "another"
+    assert "Different gpu: made up then, another now." in bench.compare(report(), other)[0]
+
+
+@pytest.mark.parametrize("level", ["serve", "step", "kernel"])
+def test_an_earlier_report_can_be_drawn_elsewhere(level: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    (tmp_path / "old.json").write_text(json.dumps(report(level)))
+    assert bench.main(["--from-json", str(tmp_path / "old.json"), "--plot", str(tmp_path / "a.png")]) == 0
+    assert (tmp_path / "a.png").read_bytes().startswith(PNG)
+
+
+def layer_events(layers: int) -> list[dict[str, Any]]:
+    names = ["triton_red_fused_add_rms", "nvjet_qkv", "reshape_and_cache_flash_kernel", "flash_fwd", "nvjet_o_proj"]
+    return [{"name": name, "start": 100.0 + 5 * i, "duration": 4.0} for i, name in enumerate(names * layers)]
+
+
+def test_a_layer_is_cut_from_one_cache_write_to_the_next() -> None:
+    layer = bench.one_layer(layer_events(6))
+    assert [event["start_us"] for event in layer] == [0, 5, 10, 15, 20]
+    kinds = ["KV cache write", "attention", "linear layer", "norm, RoPE, activation", "linear layer"]
+    assert [event["kind"] for event in layer] == kinds
+    assert {bench.kernel_kind(name) for name in ("add_rms_norm_linear", "add_rms_norm", "linear")} == {"Mirage kernel"}
+    with pytest.raises(bench.MeasurementError, match="no timeline"):
+        bench.one_layer(layer_events(1))
+
+
+def test_the_timeline_is_drawn_from_a_report(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    result = report()
+    layer = bench.one_layer(layer_events(6))
+    result["timeline"] = {"batch": 1, "stock": layer, "mirage": layer[:-1]}
+    bench.draw_timeline(result, tmp_path / "t.png")
+    assert (tmp_path / "t.png").read_bytes().startswith(PNG)
+
+
+def test_both_arms_get_the_same_prompts_and_every_prompt_has_its_turn() -> None:
+    turns = [bench.pick_prompts(9, 2, number, seed=0) for number in range(9)]
+    assert turns == [bench.pick_prompts(9, 2, number, seed=0) for number in range(9)]
+    assert {i for turn in turns for i in turn} == set(range(9))
+    assert bench.pick_prompts(9, 2, -1, seed=0) == turns[0]
+
+
+def test_equal_tokens_are_counted_and_dummy_weights_prove_nothing() -> None:
+    pair = ([[1, 2], [3, 4]], [[1, 2], [3, 5]])
+    assert bench.compare_tokens([pair], dummy=False)["text"] == "1 of 2 sequences have equal tokens in both arms"
+    assert "proves nothing" in bench.compare_tokens([pair], dummy=True)["text"]
+
+
+@pytest.mark.engine
+def test_default_level_runs_on_this_machine(tmp_path: Path) -> None:
+    pytest.importorskip("vllm")
+    pytest.importorskip("vllm.model_executor.layers.fused_mirage_ops", reason="the overlay is not installed")
+    answer = run(
+        "--model", "tiny", "--max-tokens", "6", "--batch-sizes", "1", "2", "--num-warmup", "1",
+        "--num-iterations", "5", "--json", str(tmp_path / "r.json"),
+    )  # fmt: skip
+    assert answer.returncode == 0, answer.stderr
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert {(line["metric"], line["batch"]) for line in result["rows"]} == {
+        (metric, batch) for metric in bench.SERVE_UNITS for batch in (1, 2)
+    }
+    for line in result["rows"]:
+        assert len(line["samples"]["stock"]) == len(line["samples"]["mirage"]) == 5
+        assert all(value > 0 for arm in bench.ARMS for value in line["samples"][arm])
+    assert result["reports"]["mirage"]["switch"] == "1"
+    assert result["reports"]["stock"]["switch"] == "0"
+    assert {"gpu", "torch", "vllm", "cuda", "python", "state_after"} <= set(result["environment"])
+    assert result["tokens"]["sequences"] == 15
+    if result["environment"]["gpu"] is None:
+        assert result["tokens"]["equal"] == 15  # float32: fallback and stock agree token by token
+        assert {line["speedup"] for line in result["rows"]} == {None}
+        assert "this compares fallbacks" in answer.stdout
