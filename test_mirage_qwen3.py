@@ -459,8 +459,7 @@ def _path_in_words(layer: dict) -> str:
         return f"stock path ({layer['reason']})"
     if layer["kernel"]:
         return f"fused path, op {layer['op']}, kernel {layer['kernel']}"
-    because = f" ({layer['reason']})" if layer["reason"] else ""
-    return f"fused path, op {layer['op']}, computed by PyTorch, no kernel{because}"
+    return f"fused path, op {layer['op']}, computed by PyTorch ({layer['reason'] or 'no kernel'})"
 
 
 # --------------------------------------------------------------------------- output

@@ -10,7 +10,7 @@ usage: tests/run.sh [--quick] [PYTEST ARGUMENT ...]
 Runs ruff, mypy, shellcheck, bats and pytest in the active virtual environment, or in .venv, and first lets
 ./install.sh put vLLM and the overlay there (a second run changes nothing).
 
-  --quick            leave out what installs vLLM or starts its engine
+  --quick            leave out bats and the tests that start vLLM's engine
   PYTEST ARGUMENT    passed on to pytest, for example -k norm_qkv; then only pytest runs
   -h, --help         this text
 TEXT
@@ -54,23 +54,16 @@ step() {
   fi
 }
 
-shell_files() {
-  find . \( -name .git -o -name .venv -o -name node_modules \) -prune \
-    -o \( -name '*.sh' -o -name '*.bats' -o -path ./.ci/run \) -print
+files_named() { # files_named PATTERN: in this checkout, without what was cloned or installed into it
+  find . \( -name .git -o -name .venv -o -name node_modules -o -path ./source \) -prune -o -name "$1" -print
 }
 
 run_shellcheck() {
-  local files
-  mapfile -t files < <(shell_files)
-  shellcheck "${files[@]}"
-}
-
-run_bats() {
-  if ((quick)); then
-    bats --filter-tags '!slow' tests
-  else
-    bats tests
-  fi
+  local scripts tests
+  mapfile -t scripts < <(files_named '*.sh')
+  mapfile -t tests < <(files_named '*.bats')
+  shellcheck "${scripts[@]}" .ci/run \
+    && shellcheck --severity=warning "${tests[@]}" # below it, findings about variables in bats' own subshells
 }
 
 run_pytest() {
@@ -96,7 +89,7 @@ main() {
     step ruff ruff check .
     step mypy mypy .
     step shellcheck run_shellcheck
-    step bats run_bats
+    ((quick)) || step bats bats tests
   fi
   step pytest run_pytest
   summary
