@@ -348,8 +348,8 @@ clone() { # clone REPOSITORY TAG DIR: whole or not at all
   mv -- "$dir.part" "$dir"
 }
 
-build_once() { # build_once DIR DISTRIBUTION COMMAND: run COMMAND in DIR unless PYTHON has what this commit builds
-  local dir="$1" distribution="$2" command="$3" built
+build_once() { # build_once DIR DISTRIBUTION RECIPE: run RECIPE in DIR unless PYTHON has what this commit builds
+  local dir="$1" distribution="$2" recipe="$3" built
   if [[ $DRY_RUN == yes ]]; then printf 'Would build %s and pip install it in editable mode.\n' "$dir"; return; fi
   built="$(git -C "$dir" rev-parse HEAD) for $PYTHON"
   if [[ -f $dir/.git/built && "$(<"$dir/.git/built")" == "$built" ]] && has_distribution "$distribution"; then
@@ -357,7 +357,7 @@ build_once() { # build_once DIR DISTRIBUTION COMMAND: run COMMAND in DIR unless 
     return
   fi
   step "Building $dir (commit ${built:0:12}, log in $dir.log)"
-  (cd -- "$dir" && "$command") >"$dir.log" 2>&1 </dev/null ||
+  (cd -- "$dir" && "$recipe") >"$dir.log" 2>&1 </dev/null ||
     die "$dir could not be built ($(tail -n 1 "$dir.log")); see $dir.log."
   printf '%s\n' "$built" >"$dir/.git/built"
 }
@@ -391,7 +391,7 @@ make_vllm() { # in vLLM's checkout
 install_mirage() { # a failure is a warning: the generated kernels ship with the overlay
   local script="$HERE/mirage_codegen/install_mirage.sh"
   if [[ $MIRAGE == auto ]]; then MIRAGE="$INSTALLED_VLLM"; fi
-  [[ $MIRAGE == yes && -f $script ]] || return 0
+  [[ $MIRAGE == yes ]] || return 0
   if [[ -z $MIRAGE_DIR ]] && has_distribution mirage-project; then return; fi
   if ! command -v g++ >/dev/null; then
     warn "Mirage was not installed because g++ was not found; it is only needed to generate kernels."

@@ -368,7 +368,7 @@ def manual_manifest(tree: Tree, overlay: Overlay) -> Manifest | None:
         return None
     present = {p: sha256(c) for p, c in overlay.files.items() if tree.sha(p) == sha256(c)}
     version, folders = overlay.version, folders_of(overlay)
-    return Manifest("installed", version, overlay.digest, tree.version, stock, True, "", present, folders)
+    return Manifest("installed", version, overlay.digest, tree.version, stock, False, "", present, folders)
 
 
 def folders_of(overlay: Overlay) -> list[str]:
@@ -633,8 +633,7 @@ def take_lock(tree: Tree, deadline: float) -> int:
 def install(tree: Tree, overlay: Overlay, force: bool, dry_run: bool) -> None:
     """Check everything first, then take out what is there of an older run and put this overlay in."""
     finding = examine(tree, overlay)
-    if is_current(finding, overlay):
-        say(f"Overlay {overlay.version} is already in {tree.root}; nothing to do.")
+    if nothing_to_do("install", tree, overlay, finding):
         return
     clear_way(tree, finding, force, dry_run)
     check_stock(tree, stock_now_at(tree, finding), force)
@@ -648,6 +647,16 @@ def install(tree: Tree, overlay: Overlay, force: bool, dry_run: bool) -> None:
     if finding.manifest:
         report_saved(take_out(tree, finding.manifest))
     apply_or_roll_back(tree, overlay)
+
+
+def nothing_to_do(command: str, tree: Tree, overlay: Overlay, finding: Finding) -> bool:
+    if command == "install" and is_current(finding, overlay):
+        say(f"Overlay {overlay.version} is already in {tree.root}; nothing to do.")
+        return True
+    if command == "uninstall" and finding.condition == "none" and not tree.path(MANIFEST + NEW).exists():
+        say(f"No overlay in {tree.root}; nothing to do.")
+        return True
+    return False
 
 
 def stock_now_at(tree: Tree, finding: Finding) -> str:
@@ -732,12 +741,12 @@ def report_saved(saved: list[Path]) -> None:
 
 def uninstall(tree: Tree, overlay: Overlay, force: bool, dry_run: bool) -> None:
     finding = examine(tree, overlay)
-    if finding.condition == "none":
-        tree.path(MANIFEST + NEW).unlink(missing_ok=True)
-        say(f"No overlay in {tree.root}; nothing to do.")
+    if nothing_to_do("uninstall", tree, overlay, finding):
         return
     clear_way(tree, finding, force, dry_run)
-    assert finding.manifest is not None  # clear_way refuses the only finding without one
+    if finding.manifest is None:  # a run was killed while it wrote its manifest, before anything else
+        tree.path(MANIFEST + NEW).unlink(missing_ok=True)
+        return
     if dry_run:
         say(f"Would put {tree.path(KEPT)} back as {tree.path(REPLACED)}.")
         for path in [*finding.manifest.additions, MANIFEST]:
@@ -821,6 +830,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.command == "status":
         found = status(tree, overlay)
         print(json.dumps(found, indent=1)) if arguments.json else print_status(found)
+        return
+    if nothing_to_do(arguments.command, tree, overlay, examine(tree, overlay)):  # needs no lock, so no write either
         return
     command = install if arguments.command == "install" else uninstall
     try:
