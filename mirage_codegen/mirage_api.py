@@ -169,31 +169,40 @@ def _run_worker(name: str, request: dict[str, Any] | None) -> dict[str, Any]:
     python = os.environ.get("MIRAGE_PYTHON", sys.executable)
     root = Path(__file__).resolve().parents[1]
     path = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
-    result = subprocess.run(
-        [python, "-m", "mirage_codegen.mirage_api"],
-        input=json.dumps(request),
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": path},
-    )
+    try:
+        result = subprocess.run(
+            [python, "-m", "mirage_codegen.mirage_api"],
+            input=json.dumps(request),
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": path},
+        )
+    except OSError as error:
+        raise MirageError(f"The interpreter {python} does not run ({error}): set MIRAGE_PYTHON to one.") from error
     if result.returncode != 0:
         raise MirageError(_reason_of_death(name, result))
     answer = json.loads(result.stdout)
+    if "missing" in answer:
+        raise MirageError(answer["missing"])
     if "error" in answer:
-        raise MirageError(f"Mirage refused {name}: {answer['error']}")
+        raise MirageError(f"Mirage refused {name}{_last_call(result.stderr)}: {answer['error']}.")
     return answer
 
 
 def _reason_of_death(name: str, result: subprocess.CompletedProcess[str]) -> str:
     """One sentence with the call that Mirage was at and its assert, taken from what it printed before it aborted."""
-    calls = re.findall(r"^mirage_api: (.+)$", result.stderr, re.MULTILINE)
-    at = f" at {calls[-1]}" if calls else ""
+    at = _last_call(result.stderr)
     found = re.search(r"([^\s:]+:\d+): .*?(Assertion .+ failed)", result.stderr)
     if found:
         where = re.sub(r"^.*?(src|include)/", r"\1/", found[1])
         return f"Mirage refused {name}{at}: {found[2]} ({where})."
     last_line = (result.stderr.strip().splitlines() or ["no message"])[-1]
     return f"Mirage ended with status {result.returncode} for {name}{at}: {last_line}"
+
+
+def _last_call(stderr: str) -> str:
+    calls = re.findall(r"^mirage_api: (.+)$", stderr, re.MULTILINE)
+    return f" at {calls[-1]}" if calls else ""
 
 
 def _graph_of(recorded: KernelGraph, answer: Mapping[str, Any]) -> MuGraph:
@@ -325,7 +334,7 @@ class Mirage:
             graph.cygraph, target_cc=target_cc, input_strides=self.input_strides(graph)
         )
         if result.get("error_type", 0) != 0 or not result["code"]:
-            raise MirageError(f"Mirage's transpiler failed with error type {result.get('error_type')}.")
+            raise MirageError(f"The transpiler failed with error type {result.get('error_type')}")
         return result
 
     def dtype(self, name: str) -> Any:
@@ -423,18 +432,24 @@ def _clean_stdout() -> Iterator[Any]:
 
 
 def _worker() -> None:
-    """Read one request from stdin, write one answer to stdout: {"error": sentence} or Mirage's export."""
+    """Read one request from stdin, write one answer to stdout."""
     request = json.load(sys.stdin)
     with _clean_stdout() as stdout:
-        try:
-            mirage = Mirage.load()
-            if request is None:
-                answer = {"version": mirage.version}
-            else:
-                answer = _Replay(mirage).run(request["calls"], request["target_cc"])
-        except Exception as error:  # Mirage's Python half raises whatever it likes; the parent wants one sentence
-            answer = {"error": str(error) or f"{type(error).__name__} without a message."}
-        json.dump(answer, stdout)
+        json.dump(_answer(request), stdout)
+
+
+def _answer(request: dict[str, Any] | None) -> dict[str, Any]:
+    """Mirage's export, or {"missing": sentence}, or {"error": what Mirage's Python half raised}."""
+    try:
+        mirage = Mirage.load()
+    except MirageError as error:
+        return {"missing": str(error)}
+    if request is None:
+        return {"version": mirage.version}
+    try:
+        return _Replay(mirage).run(request["calls"], request["target_cc"])
+    except Exception as error:  # whatever it is, the parent raises it as one sentence
+        return {"error": f"{type(error).__name__} {error}".strip()}
 
 
 if __name__ == "__main__":

@@ -343,7 +343,7 @@ def test_mirage_refuses_a_residual_added_inside_the_threadblock_graph(mirage):
 def test_python_error_in_mirage_becomes_an_error(mirage):
     graph = KernelGraph("padded")
     graph.new_input("X", (16, 64), (128, 1), "bf16")
-    with pytest.raises(MirageError, match="Mirage refused padded: "):
+    with pytest.raises(MirageError, match=r"^Mirage refused padded at new_input X: AssertionError\.$"):
         graph.export()
 
 
@@ -356,9 +356,15 @@ def test_missing_mirage_names_the_command_that_installs_it(monkeypatch, tmp_path
     monkeypatch.delenv("PYTHONPATH", raising=False)
     with pytest.raises(MirageError) as error:
         ops.linear_residual(ops.CANONICAL["linear"]).export()
-    assert "mirage-project is not installed" in str(error.value)
+    assert str(error.value).startswith("mirage-project is not installed for ")
     assert "install_mirage.sh" in str(error.value)
     assert mirage_api.mirage_version() is None
+
+
+def test_interpreter_that_does_not_run_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("MIRAGE_PYTHON", str(tmp_path / "python"))
+    with pytest.raises(MirageError, match=r"does not run .*: set MIRAGE_PYTHON to one"):
+        ops.linear_residual(ops.CANONICAL["linear"]).export()
 
 
 def test_unknown_accumulator_is_refused():
