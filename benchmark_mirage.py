@@ -639,16 +639,18 @@ class Session:
 
 def engine_arguments(options: argparse.Namespace, model: Model, gpu: bool) -> dict[str, Any]:
     """Keyword arguments of vllm.LLM, the same for both arms."""
+    sequences = max(options.batch_sizes)
     if options.level == "step":
-        length, sequences = options.input_len + 128, max(options.batch_sizes)
+        needed = options.input_len + 128
+        length = min(max(2048, needed), model.max_len)  # attention kernels are chosen for the longest context
+        if needed > length:
+            raise UsageError(
+                f"--input-len {options.input_len} needs {needed} positions but {model.name} has {model.max_len}: "
+                f"give at most {model.max_len - 128}."
+            )
     else:
-        length, sequences = min(options.max_model_len, model.max_len), max(options.batch_sizes)
-    if length > model.max_len:
-        raise UsageError(
-            f"--input-len {options.input_len} needs {length} positions but {model.name} has {model.max_len}: "
-            f"give at most {model.max_len - 128}."
-        )
-    tokens = sequences * (length + 256)  # 256: one spare block for each request, also the large ones of the CPU
+        needed = length = min(options.max_model_len, model.max_len)
+    tokens = max(sequences * (needed + 256), length)  # 256: a spare block for each request, also the CPU's large ones
     engine: dict[str, Any] = {
         "model": model.path, "dtype": options.dtype, "seed": options.seed,
         "max_model_len": length, "max_num_seqs": sequences, "enable_prefix_caching": False,
@@ -980,6 +982,10 @@ def print_report(result: dict[str, Any]) -> None:
     if memory and result["level"] != "kernel":
         print("Peak GPU memory: " + ", ".join(f"{arm} {size / 2**30:.2f} GiB" for arm, size in memory.items()) + ".")
     print(f"Overlay: {overlay_text(result['reports']['mirage'])}")
+    errors = [line["errors"] for line in result["rows"] if line.get("errors")]
+    if errors:
+        worst = {arm: max(error[arm] for error in errors) for arm in ARMS}
+        print(f"Largest error against float64: compiled {worst['stock']:.1e}, mirage {worst['mirage']:.1e} (relative).")
     if result.get("tokens"):
         print(f"Tokens: {result['tokens']['text']}.")
     if result["reason"]:
@@ -1101,7 +1107,10 @@ COLOURS = {"stock": "#7f7f7f", "mirage": "#0072b2", "floor": "#d55e00"}
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Time of both arms (and the floor) on the left, speed-up with its interval on the right, against batch size."""
+    """Time of both arms (and the floor) on the left, speed-up with its interval on the right, against batch size.
+
+    Several models share one pair of axes, and the share of the floor stands in place of the time.
+    """
     plt = pyplot()
     metric = PLOTTED[result["level"]]
     lines = [line for line in result["rows"] if line["metric"] == metric and any(line[arm] for arm in ARMS)]
@@ -1109,13 +1118,18 @@ def draw(result: dict[str, Any], path: Path) -> None:
     batches = sorted({line["batch"] for line in lines})
     if not lines:
         raise UsageError(f"The report holds no {metric!r} to draw.")
-    figure, grid = plt.subplots(len(cases), 2, figsize=(11, 3.4 * len(cases)), squeeze=False, layout="constrained")
-    for (left, right), case in zip(grid, cases, strict=True):
-        mine = [line for line in lines if line["case"] == case]
-        draw_times(left, result, mine, batches)
-        draw_speedups(right, result, mine, batches)
-        left.set_title(f"{case}: {metric}")
-        right.set_title(f"{case}: speed-up over {'compiled PyTorch' if result['level'] == 'kernel' else 'stock'}")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
+    if len(cases) == 1:
+        draw_times(left, result, lines, batches)
+        draw_speedups(right, result, lines, batches, COLOURS["mirage"], cases[0])
+    else:
+        for index, case in enumerate(cases):
+            mine = [line for line in lines if line["case"] == case]
+            draw_shares(left, mine, batches, f"C{index}", case)
+            draw_speedups(right, result, mine, batches, f"C{index}", case)
+    name = f"{cases[0]}, {metric}" if len(cases) == 1 else metric
+    left.set_title(f"{name}: time" if len(cases) == 1 else f"{name}: share of the memory floor reached")
+    right.set_title(f"{name}: speed-up over {'compiled PyTorch' if result['level'] == 'kernel' else 'stock'}")
     env = result["environment"]
     figure.suptitle(f"{env['gpu'] or 'CPU'}, vLLM {env['vllm']}, torch {env['torch']}, {result['settings']['dtype']}")
     figure.savefig(path, dpi=150)
@@ -1143,7 +1157,22 @@ def draw_times(axes: Any, result: dict[str, Any], lines: list[dict[str, Any]], b
     axes.legend()
 
 
-def draw_speedups(axes: Any, result: dict[str, Any], lines: list[dict[str, Any]], batches: list[int]) -> None:
+def draw_shares(axes: Any, lines: list[dict[str, Any]], batches: list[int], colour: str, case: str) -> None:
+    """Floor / median of one model: solid for mirage, dashed for compiled PyTorch."""
+    for arm, style in (("mirage", "-"), ("stock", "--")):
+        mine = [line for line in lines if line[arm]]
+        x = [batches.index(line["batch"]) for line in mine]
+        shares = [100 * line["floor"] / line[arm]["median"] for line in mine]
+        axes.plot(x, shares, style, color=colour, marker=".", label=case if arm == "mirage" else None)
+    label_batches(axes, batches)
+    axes.set_ylabel("% (solid mirage, dashed compiled PyTorch)")
+    axes.set_ylim(0, 105)
+    axes.legend(ncols=2, fontsize="small")
+
+
+def draw_speedups(
+    axes: Any, result: dict[str, Any], lines: list[dict[str, Any]], batches: list[int], colour: str, label: str
+) -> None:
     """Ratios with their 95 % interval; the reason where there are none."""
     mine = [line for line in lines if line["speedup"] and line["speedup"]["low"] is not None]
     if not mine:
@@ -1156,10 +1185,10 @@ def draw_speedups(axes: Any, result: dict[str, Any], lines: list[dict[str, Any]]
     low = [max(0.0, line["speedup"]["ratio"] - line["speedup"]["low"]) for line in mine]
     high = [max(0.0, line["speedup"]["high"] - line["speedup"]["ratio"]) for line in mine]
     x = [batches.index(line["batch"]) for line in mine]
-    axes.errorbar(x, ratios, [low, high], color=COLOURS["mirage"], marker="o", ms=4, capsize=3, label="95 % interval")
+    axes.errorbar(x, ratios, [low, high], color=colour, marker="o", ms=4, capsize=3, label=label)
     axes.axhline(1, color=COLOURS["stock"], lw=1)
-    axes.set_ylabel("× (above 1: faster)")
-    axes.legend()
+    axes.set_ylabel("× with 95 % interval (above 1: faster)")
+    axes.legend(ncols=2, fontsize="small")
 
 
 def label_batches(axes: Any, batches: list[int]) -> None:
@@ -1188,11 +1217,10 @@ def draw_timeline(result: dict[str, Any], path: Path) -> None:
         axes.text(end, height, f"  {end:.1f} µs, {len(timeline[arm])} kernels", va="center")
     used = [kind for kind in kinds if any(e["kind"] == kind for arm in ARMS for e in timeline[arm])]
     handles = [plt.Rectangle((0, 0), 1, 1, color=colours[kind]) for kind in used]
-    axes.legend(handles, used, ncols=len(used), loc="lower center", bbox_to_anchor=(0.5, -0.55), frameon=False)
+    figure.legend(handles, used, ncols=len(used), loc="outside lower center", frameon=False)
     axes.set_yticks(range(len(ARMS)), list(reversed(ARMS)))
     axes.set_xlabel("µs since the layer's KV cache write")
-    axes.margins(x=0.12)
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, 1.16 * max(e["start_us"] + e["duration_us"] for arm in ARMS for e in timeline[arm]))
     case, batch = result["rows"][0]["case"], timeline["batch"]
     axes.set_title(f"{case}, one decoder layer of a decode step at batch {batch}, {result['environment']['gpu']}")
     figure.savefig(path, dpi=150)

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """benchmark_mirage.py: statistics, refusals, comparison, pictures, and one run of the default level on a CPU."""
 
+import dataclasses
 import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -247,6 +249,14 @@ def test_an_earlier_report_can_be_drawn_elsewhere(level: str, tmp_path: Path) ->
     assert (tmp_path / "a.png").read_bytes().startswith(PNG)
 
 
+def test_several_models_share_one_picture(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    result = report("kernel")
+    result["rows"] += [{**line, "case": "Qwen3-8B"} for line in result["rows"]]
+    bench.draw(result, tmp_path / "k.png")
+    assert (tmp_path / "k.png").read_bytes().startswith(PNG)
+
+
 def layer_events(layers: int) -> list[dict[str, Any]]:
     names = ["triton_red_fused_add_rms", "nvjet_qkv", "reshape_and_cache_flash_kernel", "flash_fwd", "nvjet_o_proj"]
     return [{"name": name, "start": 100.0 + 5 * i, "duration": 4.0} for i, name in enumerate(names * layers)]
@@ -282,6 +292,51 @@ def test_equal_tokens_are_counted_and_dummy_weights_prove_nothing() -> None:
     pair = ([[1, 2], [3, 4]], [[1, 2], [3, 5]])
     assert bench.compare_tokens([pair], dummy=False)["text"] == "1 of 2 sequences have equal tokens in both arms"
     assert "proves nothing" in bench.compare_tokens([pair], dummy=True)["text"]
+
+
+# --- the worker
+
+
+def engine_with(runner: Any) -> bench.Bench:
+    """A Bench whose engine holds the given model runner where vLLM holds it."""
+    worker = bench.Bench()
+    executor = SimpleNamespace(driver_worker=SimpleNamespace(worker=SimpleNamespace(model_runner=runner)))
+    core = SimpleNamespace(engine_core=SimpleNamespace(model_executor=executor))
+    worker.llm = SimpleNamespace(llm_engine=SimpleNamespace(engine_core=core))
+    return worker
+
+
+def test_only_decode_graphs_are_replayed() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Descriptor:
+        num_tokens: int
+        num_reqs: int | None
+        num_ubatches: int = 1
+
+    captured = {Descriptor(1, 1): "one", Descriptor(8, 8): "eight", Descriptor(8, None): "piecewise"}
+    captured |= {Descriptor(16, 8): "two tokens each", Descriptor(8, 8, 2): "split in two"}
+    manager = SimpleNamespace(graphs=captured)
+    assert engine_with(SimpleNamespace(cudagraph_manager=manager))._decode_graphs() == {1: "one", 8: "eight"}
+
+
+def test_an_engine_without_decode_graphs_is_refused() -> None:
+    with pytest.raises(bench.MeasurementError, match="V1 model runner"):
+        engine_with(SimpleNamespace())._decode_graphs()
+    with pytest.raises(bench.MeasurementError, match="no decode graph"):
+        engine_with(SimpleNamespace(cudagraph_manager=SimpleNamespace(graphs={})))._decode_graphs()
+
+
+def test_a_worker_reports_its_failure_and_its_death(tmp_path: Path) -> None:
+    worker = bench.Worker("mirage", tmp_path, offline=True)
+    try:
+        worker.call("random_prompts", lengths=[3], vocab=10, seed=0)
+        with pytest.raises(bench.MeasurementError, match=r"The mirage arm failed: .*AttributeError"):
+            worker.call("step", batches=[1], replays=1)
+        worker.process.kill()
+        with pytest.raises(bench.MeasurementError, match="ended with status -9"):
+            worker.call("describe")
+    finally:
+        worker.close()
 
 
 @pytest.mark.engine
