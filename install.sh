@@ -231,7 +231,7 @@ install_cpu_torch() { # from where pip is configured to look; from PyTorch's own
   pip_install "$CPU_TORCH" --extra-index-url "$CPU_TORCH_INDEX" || die_of_pip "$CPU_TORCH"
 }
 
-cpu_requirements() { # one a line: the versions that were tested together
+cpu_requirements() { # one a line: the versions that were tested together; the last three are the OpenAI server's
   cat <<'EOF'
 regex==2026.11.15
 cachetools==8.0.1
@@ -270,11 +270,7 @@ uvloop==0.23.0
 uvicorn==0.54.0
 watchfiles==1.3.0
 prometheus-fastapi-instrumentator==8.1.0
-ijson==3.6.0
 model-hosting-container-standards==0.1.16
-python-json-logger==4.2.0
-anthropic==2.12.0
-mcp==2.3.0
 EOF
 }
 

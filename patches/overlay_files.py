@@ -442,6 +442,8 @@ def file_state(tree: Tree, path: str, sha: str) -> str:
 
 def upgrade_sentence(tree: Tree, manifest: Manifest) -> str:
     was, now = manifest.vllm_version, tree.version
+    if tree.sha(REPLACED) is None:
+        return "vLLM was uninstalled, only our files are left; ./install.sh --uninstall clears them away."
     change = f"reinstalled ({now})" if was == now else f"changed from {was} to {now}"
     return (
         f"vLLM was {change} underneath the overlay, so its own qwen3.py is in place and the overlay is off; "
@@ -512,8 +514,6 @@ def take_out(tree: Tree, manifest: Manifest) -> list[Path]:
         restore_bytecode(tree.path(REPLACED))
     tree.path(MANIFEST).unlink(missing_ok=True)
     sync_folder(tree.root)
-    if not tree.path("__init__.py").exists():
-        remove_empty_folders(tree.root)
     return saved
 
 
@@ -600,6 +600,8 @@ def locked(tree: Tree, wait_s: float) -> Iterator[None]:
         yield
     finally:
         tree.path(LOCK).unlink(missing_ok=True)
+        if not tree.path("__init__.py").exists():
+            remove_empty_folders(tree.root)
         os.close(fd)
 
 
@@ -753,7 +755,7 @@ def uninstall(tree: Tree, overlay: Overlay, force: bool, dry_run: bool) -> None:
             say(f"Would remove {tree.path(path)}.")
         return
     report_saved(take_out(tree, finding.manifest))
-    say(f"The overlay is out of {tree.root}; vLLM is as its release ships it.")
+    say(f"The overlay is out of {tree.root}{'; vLLM is as its release ships it' if tree.sha(REPLACED) else ''}.")
 
 
 def status(tree: Tree, overlay: Overlay) -> dict[str, object]:

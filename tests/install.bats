@@ -394,7 +394,6 @@ imports_whole() {
 
 recovers() {
   imports_whole &&
-    engine status >/dev/null &&
     cp -a "$SITE" "$BASE/halfway" &&
     engine install &&
     [[ "$(who_imports)" == overlay* && "$(overlay_condition)" == installed ]] &&
@@ -410,12 +409,14 @@ make_fast_environment() {
   rm "$VLLM/_C.abi3.so" "$BASE/pristine/vllm/_C.abi3.so"
 }
 
+# bats test_tags=slow
 @test "kill -9 between any two changes of an installation" {
   make_fast_environment
   cp -a "$SITE" "$BASE/start"
   after_each_fault kill install 137 recovers
 }
 
+# bats test_tags=slow
 @test "kill -9 between any two changes of a removal" {
   make_fast_environment
   engine install
@@ -423,6 +424,7 @@ make_fast_environment() {
   after_each_fault kill uninstall 137 recovers
 }
 
+# bats test_tags=slow
 @test "kill -9 between any two changes of an update" {
   make_fast_environment
   engine install
@@ -433,6 +435,7 @@ make_fast_environment() {
 
 one_sentence_and_stock() { one_error && [[ "$(who_imports)" == stock ]] && same_as_pristine; }
 
+# bats test_tags=slow
 @test "a disk that is full from any change on: one sentence, vLLM as before" {
   make_fast_environment
   cp -a "$SITE" "$BASE/start"
@@ -447,10 +450,11 @@ one_sentence_and_stock() { one_error && [[ "$(who_imports)" == stock ]] && same_
   same_as_pristine
 }
 
+# bats test_tags=slow
 @test "a change that is refused, at any step: one sentence, and the next run mends it" {
   make_fast_environment
   cp -a "$SITE" "$BASE/start"
-  recovers_and_says() { one_error && contains "Permission denied" && recovers; }
+  recovers_and_says() { one_error && contains "Permission denied" && imports_whole && engine uninstall && same_as_pristine; }
   after_each_fault deny install 1 recovers_and_says
 }
 
@@ -545,6 +549,7 @@ make_wheelhouse() {
   unset PIP_EXTRA_INDEX_URL PIP_INDEX_URL PIP_FIND_LINKS
 }
 
+# bats test_tags=slow
 @test "a fresh checkout makes .venv, installs vLLM for the processor, and applies the overlay" {
   make_wheelhouse
   PIP_FIND_LINKS="$WHEELS" installer --cpu --no-mirage
@@ -590,6 +595,17 @@ PY
   fails
   one_error
   contains "no package index answered"
+}
+
+@test "an environment without pip is filled by uv" {
+  make_environment
+  rm -rf "$VLLM" "$SITE"/vllm-*.dist-info
+  stub uv <<<'printf "%s " "$@" >>"$(dirname "$0")/uv.log"; echo "error: stopped here"; exit 1'
+  installer --cuda
+  fails
+  one_error
+  contains 'vllm>=0.26,<0.34 could not be installed (stopped here)'
+  [[ "$(<"$STUBS/uv.log")" == "pip install --python $ENVIRONMENT/bin/python --quiet vllm>=0.26,<0.34 " ]]
 }
 
 @test "without vLLM, status and uninstall say so" {
@@ -710,6 +726,7 @@ make_repository() { # make_repository DIR NAME: a git repository that pip can in
   git -C "$1" tag v1
 }
 
+# bats test_tags=slow
 @test "--from-source clones and builds both, applies the overlay to the tree, and does it once" {
   mkdir -p "$BASE/repos/mirage"
   make_vllm "$BASE/repos/vllm repo/vllm" 0.33.0
