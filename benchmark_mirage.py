@@ -43,6 +43,7 @@ import numpy as np
 
 SCHEMA = 1
 ARMS = ("stock", "mirage")
+DEVICE = "cuda:0"
 EPS = 1e-6  # rms_norm_eps of every Qwen3
 QWEN3_SIZES = {  # name: (hidden, intermediate, layers, q heads, kv heads, tied lm_head); head_dim is 128
     "0.6B": (1024, 3072, 28, 16, 8, True),
@@ -367,7 +368,7 @@ class Bench:
             kernels = importlib.import_module("vllm.model_executor.layers.mirage_kernels")
         except ImportError as error:
             return {"reason": f"no kernels are installed ({error})"}
-        device, kind = torch.device("cuda"), getattr(torch, dtype)
+        device, kind = torch.device(DEVICE), getattr(torch, dtype)
         fused = kernels.prepare("rms_norm_linear", k=k, n=n, dtype=kind, device=device)
         if isinstance(fused, str):
             return {"reason": fused}
@@ -475,7 +476,7 @@ def measure_copy(size: int) -> float:
     """Bytes/s read plus written while `size` bytes are copied on the device, median of 20."""
     import torch
 
-    source = torch.empty(size, dtype=torch.uint8, device="cuda")
+    source = torch.empty(size, dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
     graph = capture(lambda: target.copy_(source))
     return 2 * size / (float(np.median([replay_us(graph, 1) for _ in range(20)])) * 1e-6)

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import pytest
@@ -337,6 +337,119 @@ def test_a_worker_reports_its_failure_and_its_death(tmp_path: Path) -> None:
             worker.call("describe")
     finally:
         worker.close()
+
+
+# --- the GPU levels with the GPU's answers made up: everything but the device itself
+
+
+DESCRIPTION = {"gpu": "made up", "cuda": "13", "torch": "2", "vllm": "0", "peak_memory_bytes": 1}
+
+
+class MadeUpWorker:
+    """Answers as a worker on a GPU would; mirage takes 0.8 of stock's time."""
+
+    turns: ClassVar[list[str]] = []  # arms in the order of their decode steps
+
+    def __init__(self, arm: str, *_: Any, **__: Any) -> None:
+        self.arm, self.process = arm, SimpleNamespace(pid=id(self))
+
+    def call(self, command: str, **arguments: Any) -> Any:
+        return getattr(self, command)(**arguments)
+
+    def close(self) -> None:
+        pass
+
+    def fill(self, batch: int, context: int, vocab: int, seed: int) -> list[int]:
+        return [1, 2, 4]
+
+    def step(self, batches: list[int], replays: int) -> dict[str, float]:
+        self.turns.append(self.arm)
+        return {str(batch): 1.0 if self.arm == "stock" else 0.8 for batch in batches}
+
+    def copy_bandwidth(self) -> float:
+        return 4e12
+
+    def layer_bytes(self) -> int:
+        return 2 * 10**9
+
+    def kernel(self, k: int, n: int, batch: int, rounds: int, **_: Any) -> dict[str, Any]:
+        if batch == 4:
+            raise bench.MeasurementError("log\nThe mirage arm failed: illegal address")
+        if batch == 2:
+            return {"reason": "no kernel for 2 tokens"}
+        samples = {"stock": [5.0] * rounds, "mirage": [4.0] * rounds}
+        answer = {"samples": samples, "errors": {"stock": 1e-3, "mirage": 1e-3}, "copies": 9, "kernel": "k"}
+        return answer | {"bytes": 8_000_000}
+
+    def describe(self) -> dict[str, Any]:
+        return DESCRIPTION | {"report": report()["reports"][self.arm]}
+
+
+def unfinished(level: str) -> dict[str, Any]:
+    return report(level) | {"rows": [], "reports": {}, "environment": {}, "peak_memory_bytes": {}}
+
+
+def test_the_step_level_alternates_and_compares_with_the_floor() -> None:
+    options = bench.parse(["--level", "step", "--batch-sizes", "1", "4", "--num-iterations", "5", "--num-warmup", "2"])
+    model = bench.Model("made up", "/", True, False, 100, 4096, 1)
+    session = bench.Session(Path("."), {}, True, fresh=False)
+    session.workers = {arm: cast(bench.Worker, MadeUpWorker(arm)) for arm in bench.ARMS}
+    result = unfinished("step")
+    MadeUpWorker.turns.clear()
+    bench.run_step(session, options, model, result, bench.Screen(result))
+    bench.finish(result)
+    assert MadeUpWorker.turns == ["stock", "mirage"] * 7
+    assert [line["speedup"]["ratio"] for line in result["rows"]] == [1.25, 1.25]
+    assert [line["floor"] for line in result["rows"]] == [0.5, 0.5]  # ms: 2 GB at 4 TB/s
+    assert bench.floor_text(result["rows"][0]).endswith("(50%, 62%)")
+    options.batch_sizes = [3]
+    with pytest.raises(bench.UsageError, match=r"No decode graph is captured for batch \[3\]"):
+        bench.run_step(session, options, model, unfinished("step"), bench.Screen(result))
+
+
+def test_the_kernel_level_goes_on_after_a_crash_and_says_what_has_no_kernel(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench, "Worker", MadeUpWorker)
+    options = bench.parse(["--level", "kernel", "--model", "8B", "--batch-sizes", "1", "2", "4", "8"])
+    result = unfinished("kernel")
+    bench.run_kernel(options, tmp_path, result, bench.Screen(result))
+    bench.finish(result)
+    bench.print_report(result)
+    notes = [None, "no kernel for 2 tokens", "The mirage arm failed: illegal address", None]
+    assert [line["note"] for line in result["rows"]] == notes
+    assert [line["speedup"] and line["speedup"]["ratio"] for line in result["rows"]] == [1.25, None, None, 1.25]
+    assert result["rows"][0]["floor"] == 2.0  # µs: 8 MB at 4 TB/s
+    assert "compiled 1.0e-03, mirage 1.0e-03" in capsys.readouterr().out
+
+
+def test_the_kernel_level_checks_both_sides_against_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+
+    def prepare(op: str, *, k: int, n: int, dtype: Any, device: Any) -> Any:
+        def kernel(hidden: Any, residual: Any, gamma: Any, weight: Any, eps: float) -> tuple[Any, Any]:
+            return bench.linear_float64(hidden, residual, gamma, 2 * weight).to(dtype), residual  # twice too large
+
+        kernel.name, kernel.max_tokens = "wrong", 16  # type: ignore[attr-defined]
+        return kernel
+
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(__path__=[], __spec__=None))
+    for name in ("vllm.model_executor", "vllm.model_executor.layers"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(__path__=[], __spec__=None))
+    monkeypatch.setitem(sys.modules, "vllm.model_executor.layers.mirage_kernels", SimpleNamespace(prepare=prepare))
+    monkeypatch.setattr(bench, "DEVICE", "cpu")
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(L2_cache_size=1 << 16))
+    monkeypatch.setattr(bench, "capture", lambda call: call)
+    monkeypatch.setattr(bench, "replay_us", lambda graph, replays: (graph(), 8.0)[1])
+    case: dict[str, Any] = {"k": 64, "n": 128, "dtype": "float32", "rounds": 5, "warmup": 1, "seed": 0}
+    answer = bench.Bench().kernel(batch=2, **case)
+    assert answer["errors"]["stock"] < 1e-5
+    assert answer["errors"]["mirage"] == pytest.approx(1, abs=1e-5)
+    assert answer["copies"] == 8  # 32 KiB each: four times an L2 of 64 KiB
+    assert answer["samples"] == {"stock": [1.0] * 5, "mirage": [1.0] * 5}
+    assert answer["bytes"] == 4 * (64 * 128 + 64 + 2 * (3 * 64 + 128))
+    assert "ends at 16 tokens" in bench.Bench().kernel(batch=17, **case)["reason"]
 
 
 @pytest.mark.engine
