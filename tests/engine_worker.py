@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run the real vLLM engine for test_engine.py, in a process of its own.
+
+    python engine_worker.py CASES.json RESULTS.json
+
+Each case: {"name", "env": {…}, "llm": arguments of LLM, "piecewise": bool, "lora": adapter folder or null,
+"set_use_mirage": bool or null}.  Each result: {"tokens", "logprobs", "lora_tokens", "reports", "error", "version"}.
+The engines of one process run one after another; an exception of a case is its result.
+"""
+
+import gc
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+PROMPTS = ["def main():", "import os\nimport sys\n", "class Foo:\n    def __init__(self", "x"]
+MAX_TOKENS = 12
+
+
+def force_piecewise_backend() -> None:
+    """Let vLLM's piecewise backend and its disk cache run on the CPU, as they do on a GPU.
+
+    The CPU platform replaces them by a single traced graph, which never meets the cache.
+    """
+    from vllm.compilation.passes.utility.fix_functionalization import FixFunctionalizationPass
+    from vllm.config import CompilationMode
+    from vllm.platforms.cpu import CpuPlatform
+
+    update = CpuPlatform.check_and_update_config.__func__  # type: ignore[attr-defined]
+
+    def keep_mode(cls: Any, config: Any) -> None:
+        compilation = config.compilation_config
+        mode, wrap = compilation.mode, compilation.ir_enable_torch_wrap
+        update(cls, config)
+        if mode == CompilationMode.VLLM_COMPILE:
+            compilation.mode, compilation.ir_enable_torch_wrap = mode, wrap
+            compilation.backend, compilation.compile_sizes = "inductor", []
+
+    CpuPlatform.check_and_update_config = classmethod(keep_mode)  # type: ignore[assignment,method-assign]
+    # The pass names CUDA-only ops.
+    FixFunctionalizationPass.__call__ = lambda self, graph: None  # type: ignore[method-assign]
+
+
+def generate(llm: Any, lora: str | None) -> dict[str, Any]:
+    from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    sampling = SamplingParams(temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True, logprobs=1)
+    answers = [answer.outputs[0] for answer in llm.generate(PROMPTS, sampling, use_tqdm=False)]
+    result = {
+        "tokens": [list(answer.token_ids) for answer in answers],
+        "logprobs": [
+            [step[token].logprob for step, token in zip(answer.logprobs, answer.token_ids, strict=True)]
+            for answer in answers
+        ],
+    }
+    if lora:
+        request = LoRARequest("adapter", 1, lora)
+        adapted = llm.generate(PROMPTS, sampling, use_tqdm=False, lora_request=request)
+        result["lora_tokens"] = [list(answer.outputs[0].token_ids) for answer in adapted]
+    return result
+
+
+def run(case: dict[str, Any]) -> dict[str, Any]:
+    from vllm import LLM
+
+    if case.get("set_use_mirage") is not None:
+        from vllm.model_executor.layers.fused_mirage_ops import set_use_mirage
+
+        set_use_mirage(case["set_use_mirage"])
+    arguments = {"max_model_len": 256, "max_num_seqs": 8, "kv_cache_memory_bytes": 32 << 20, "seed": 0}
+    llm = LLM(**arguments, **case["llm"])
+    try:
+        result = generate(llm, case.get("lora"))
+        try:
+            from vllm.model_executor.layers.fused_mirage_ops import collect_reports
+        except ImportError:  # stock vLLM
+            return result
+        return {**result, "reports": collect_reports(llm)}
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+
+
+def main() -> None:
+    import vllm
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    cases = json.loads(Path(sys.argv[1]).read_text())
+    if any(case.get("piecewise") for case in cases):
+        force_piecewise_backend()
+    environment = dict(os.environ)
+    results = {}
+    for case in cases:
+        os.environ.clear()
+        os.environ.update(environment, **case.get("env", {}))
+        try:
+            results[case["name"]] = run(case)
+        except Exception as error:  # the case's result; test_engine.py asserts on it
+            results[case["name"]] = {"error": f"{type(error).__name__}: {error}"}
+        results[case["name"]]["version"] = vllm.__version__
+        gc.collect()
+        cleanup_dist_env_and_memory()
+        Path(sys.argv[2]).write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,348 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The overlay in the real V1 engine on the CPU, against stock vLLM.
+
+Every engine runs in a process of its own (engine_worker.py), and every test asserts from mirage_report() which path
+ran. Tokens are compared in fp32: in bf16 stock's own eager and compiled modes already differ.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.engine
+
+WORKER = Path(__file__).parent / "engine_worker.py"
+LIMIT_S = 400  # of one process; the slowest takes about 80 s on two idle cores
+START_S = 180  # of the OpenAI server; about 40 s on two idle cores
+LAYERS = [f"model.layers.{index}" for index in range(3)]
+BF16_LOGPROB = 0.5  # nats between two right bf16 runs, which round at other places
+
+
+def environment(site, **values):
+    """For a process that imports vLLM from `site`; the caller's switch does not leak in."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
+    paths = [str(site), os.environ.get("PYTHONPATH", "")]
+    return {
+        **inherited,
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        **values,
+    }
+
+
+def run_engines(folder, site, cases, **values):
+    """Run the cases in one process that imports vLLM from `site`; {name: result}."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "cases.json").write_text(json.dumps(cases))
+    with (folder / "log").open("w") as log:
+        done = subprocess.run(
+            [sys.executable, str(WORKER), str(folder / "cases.json"), str(folder / "results.json")],
+            env=environment(site, VLLM_CACHE_ROOT=str(folder.parent / "cache"), **values),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            timeout=LIMIT_S,
+        )
+    text = (folder / "log").read_text()
+    assert done.returncode == 0, text[-4000:]
+    results = json.loads((folder / "results.json").read_text())
+    return {name: {**result, "log": text} for name, result in results.items()}
+
+
+def case(name, model, switch=None, env=None, **more):
+    engine = {"model": str(model), "enforce_eager": True, "dtype": "float32", **more.pop("llm", {})}
+    switches = {} if switch is None else {"VLLM_USE_MIRAGE": switch}
+    return {"name": name, "env": {**switches, **(env or {})}, "llm": engine, **more}
+
+
+def paths(report):
+    return {layer["name"]: layer["path"] for layer in report["layers"]}
+
+
+def op_calls(result):
+    """Calls of the op, summed over the workers."""
+    return sum(sum(report["calls"].values()) for report in result["reports"])
+
+
+def assert_all(result, path, layers=LAYERS, reason=""):
+    """Every layer of the model took `path`, whichever worker holds it."""
+    assert "error" not in result, result["error"]
+    entries = [layer for report in result["reports"] for layer in report["layers"]]
+    assert {layer["name"] for layer in entries} == set(layers)
+    assert {layer["path"] for layer in entries} == {path}
+    assert all(reason in layer["reason"] for layer in entries)
+
+
+def assert_same_answers(ours, stock):
+    assert ours["tokens"] == stock["tokens"]
+    torch.testing.assert_close(torch.tensor(ours["logprobs"]), torch.tensor(stock["logprobs"]), rtol=0, atol=1e-3)
+
+
+# ----------------------------------------------------------------------------------------------------- checkpoints
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    """A random LoRA adapter for q_proj, k_proj and v_proj of the tiny model, strong enough to change its answers."""
+    from safetensors.torch import save_file
+
+    folder = tmp_path_factory.mktemp("adapter")
+    generator = torch.Generator().manual_seed(1)
+    tensors = {}
+    for layer in range(len(LAYERS)):
+        for name, rows in (("q_proj", 256), ("k_proj", 128), ("v_proj", 128)):
+            stem = f"base_model.model.model.layers.{layer}.self_attn.{name}"
+            tensors[f"{stem}.lora_A.weight"] = 0.1 * torch.randn(8, 256, generator=generator)
+            tensors[f"{stem}.lora_B.weight"] = 0.3 * torch.randn(rows, 8, generator=generator)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "k_proj", "v_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def int8_model(make_tiny, tmp_path_factory):
+    """The tiny model with 8-bit weights and activations in all layers but the last: a quantised checkpoint."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path_factory.mktemp("int8") / "model"
+    shutil.copytree(make_tiny(), folder)
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        weight = tensors[name].float()
+        scale = weight.abs().amax(1, keepdim=True) / 127  # [rows, 1]
+        tensors[name] = (weight / scale).round().to(torch.int8)
+        tensors[f"{name}_scale"] = scale.to(torch.bfloat16)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    eight_bits = {"num_bits": 8, "type": "int", "symmetric": True}
+    group = {
+        "targets": ["Linear"],
+        "weights": {**eight_bits, "strategy": "channel", "dynamic": False},
+        "input_activations": {**eight_bits, "strategy": "token", "dynamic": True},
+    }
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {"group_0": group},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+# ----------------------------------------------------------------------------------------------- eager, one process
+LORA = {"enable_lora": True, "max_lora_rank": 8}
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    return tmp_path_factory.mktemp("engine")
+
+
+@pytest.fixture(scope="module")
+def stock(work, vllm_stock, make_tiny, adapter):
+    """Answers of stock vLLM."""
+    fp32, bf16 = make_tiny(dtype="float32"), make_tiny()
+    cases = [
+        case("fp32", fp32),
+        case("bf16", bf16, llm={"dtype": "bfloat16"}),
+        case("lora", fp32, llm=LORA, lora=str(adapter)),
+    ]
+    results = run_engines(work / "stock", vllm_stock, cases)
+    assert not any("reports" in result or "error" in result for result in results.values())
+    return results
+
+
+@pytest.fixture(scope="module")
+def eager(work, vllm_overlay, make_tiny, adapter, int8_model):
+    """Answers of the overlay, eager and in one process."""
+    fp32, bf16 = make_tiny(dtype="float32"), make_tiny()
+    cases = [
+        case("off", fp32, "0"),
+        case("on", fp32, "1"),
+        case("bf16", bf16, "1", llm={"dtype": "bfloat16"}),
+        case("lora", fp32, "1", llm=LORA, lora=str(adapter)),
+        case("int8", int8_model, "1", llm={"dtype": "bfloat16"}),
+        case("no ops", fp32, "1", env={"VLLM_MIRAGE_OPS": "none"}),
+        case("set", fp32, "0", set_use_mirage=True),
+        case("strict", fp32, "strict"),
+        case("bad switch", fp32, "yes"),
+        case("bad op", fp32, "1", env={"VLLM_MIRAGE_OPS": "norm_kqv"}),
+    ]
+    return run_engines(work / "eager", vllm_overlay, cases)
+
+
+def test_fused_answers_equal_stocks(eager, stock):
+    assert_all(eager["on"], "fused", reason="no kernel for 256→512 float32")
+    assert_same_answers(eager["on"], stock["fp32"])
+    assert op_calls(eager["on"]) > 0
+
+
+def test_switched_off_answers_equal_stocks(eager, stock):
+    assert_all(eager["off"], "stock", reason="VLLM_USE_MIRAGE=0")
+    assert op_calls(eager["off"]) == 0
+    assert_same_answers(eager["off"], stock["fp32"])
+
+
+def test_bf16_log_probabilities_are_within_rounding_of_stocks(eager, stock):
+    assert_all(eager["bf16"], "fused")
+    for ours, theirs, ours_p, theirs_p in zip(
+        *(run[key] for key in ("tokens", "logprobs") for run in (eager["bf16"], stock["bf16"])), strict=True
+    ):
+        same = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), len(ours))
+        assert same >= 1
+        difference = torch.tensor(ours_p[: same + 1]) - torch.tensor(theirs_p[: same + 1])
+        assert difference.abs().max() <= BF16_LOGPROB
+
+
+def test_lora_takes_the_stock_path_and_the_adapter_counts(eager, stock):
+    assert_all(eager["lora"], "stock", reason="LoRA")
+    assert eager["lora"]["lora_tokens"] == stock["lora"]["lora_tokens"]
+    assert eager["lora"]["lora_tokens"] != eager["lora"]["tokens"] == stock["lora"]["tokens"]
+
+
+def test_a_quantised_model_takes_the_stock_path(eager):
+    assert_all(eager["int8"], "stock", reason="qkv_proj is quantised (CompressedTensorsLinearMethod)")
+    assert all(len(tokens) for tokens in eager["int8"]["tokens"])
+
+
+def test_ops_can_be_switched_off_one_by_one(eager, stock):
+    assert_all(eager["no ops"], "stock", reason="VLLM_MIRAGE_OPS")
+    assert_same_answers(eager["no ops"], stock["fp32"])
+
+
+def test_set_use_mirage_decides_the_models_built_later(eager, stock):
+    assert_all(eager["set"], "fused")
+    assert_same_answers(eager["set"], stock["fp32"])
+
+
+def test_settings_that_cannot_be_met_are_errors_at_start(eager):
+    assert "model.layers.0 cannot run a Mirage kernel: no kernel" in eager["strict"]["error"]
+    assert "0, 1 or strict was expected" in eager["bad switch"]["error"]
+    assert "comma list of norm_qkv was expected" in eager["bad op"]["error"]
+
+
+def test_each_engine_logs_one_line(eager):
+    lines = [line.partition("Mirage: ")[2] for line in eager["on"]["log"].splitlines() if "Mirage: " in line]
+    assert [line[: len("3 of 3 layers fused")] for line in lines] == [
+        "0 of 3 layers fused",  # off
+        "3 of 3 layers fused",  # on
+        "3 of 3 layers fused",  # bf16
+        "0 of 3 layers fused",  # lora
+        "0 of 3 layers fused",  # int8
+        "0 of 3 layers fused",  # no ops
+        "3 of 3 layers fused",  # set
+    ]
+
+
+# ---------------------------------------------------------------------------------------------- compiled, disk cache
+def test_each_switch_runs_its_own_graph_over_one_compile_cache(work, vllm_overlay, make_tiny, stock):
+    """0, 1, 0, 1 over one cache folder: an undeclared switch would load the graph of the run before."""
+    calls, loads = [], []
+    for turn, switch in enumerate("0101"):
+        options = {"enforce_eager": False, "distributed_executor_backend": "uni"}
+        compiled = case("compiled", make_tiny(dtype="float32"), switch, llm=options, piecewise=True)
+        result = run_engines(work / f"piecewise{turn}", vllm_overlay, [compiled])["compiled"]
+        assert_all(result, "stock" if switch == "0" else "fused")
+        assert_same_answers(result, stock["fp32"])
+        calls.append(op_calls(result))
+        loads.append("Directly load AOT compilation" in result["log"])
+    assert loads == [False, False, True, True]
+    assert calls[0] == calls[2] == 0
+    assert calls[1] > 0 and calls[3] > 0
+
+
+# ------------------------------------------------------------------------------------------------- several processes
+def test_tensor_parallel_workers_report_the_fused_path(work, vllm_overlay, make_tiny, stock):
+    parallel = case("tp", make_tiny(dtype="float32"), "1", llm={"tensor_parallel_size": 2})
+    result = run_engines(work / "tp", vllm_overlay, [parallel], VLLM_ENABLE_V1_MULTIPROCESSING="1")["tp"]
+    assert_all(result, "fused", reason="no kernel for 256→256 float32")
+    assert sorted(report["rank"] for report in result["reports"]) == [0, 1]
+    assert all(set(paths(report)) == set(LAYERS) for report in result["reports"])
+    assert result["log"].count("Mirage: 3 of 3 layers fused") == 1
+    assert_same_answers(result, stock["fp32"])
+
+
+def test_pipeline_parallel_compiled_workers_fuse_their_own_layers(work, vllm_overlay, make_tiny, stock):
+    """Compiled, since stock's eager mode fails with two pipeline ranks on the CPU too."""
+    options = {"pipeline_parallel_size": 2, "enforce_eager": False}
+    parallel = case("pp", make_tiny(dtype="float32"), "1", llm=options)
+    result = run_engines(work / "pp", vllm_overlay, [parallel], VLLM_ENABLE_V1_MULTIPROCESSING="1")["pp"]
+    assert_all(result, "fused")
+    names = [set(paths(report)) for report in result["reports"]]
+    assert len(names) == 2 and not names[0] & names[1]
+    assert all(sum(report["calls"].values()) > 0 for report in result["reports"])
+    assert "layers fused" in result["log"] and "on pipeline rank 1" in result["log"]
+    assert_same_answers(result, stock["fp32"])
+
+
+# ------------------------------------------------------------------------------------------------------ OpenAI server
+@pytest.fixture
+def server(work, vllm_overlay, make_tiny):
+    """The address of an OpenAI server on the tiny model, engine in its own process."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(make_tiny(dtype="float32"))]
+    command += ["--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
+    command += ["--enforce-eager", "--max-model-len", "256", "--kv-cache-memory-bytes", str(32 << 20)]
+    settings = {"VLLM_USE_MIRAGE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_SERVER_DEV_MODE": "1"}
+    log_path = work / "server.log"
+    with log_path.open("w") as log:
+        process = subprocess.Popen(
+            command, env=environment(vllm_overlay, **settings), stdout=log, stderr=subprocess.STDOUT
+        )
+    try:
+        wait_until_healthy(f"http://127.0.0.1:{port}/health", process, log_path)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def wait_until_healthy(url, process, log_path):
+    deadline = time.monotonic() + START_S
+    while time.monotonic() < deadline:
+        assert process.poll() is None, log_path.read_text()[-4000:]
+        try:
+            with urllib.request.urlopen(url, timeout=5):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.5)
+    pytest.fail(f"the server was not ready after {START_S} s: {log_path.read_text()[-4000:]}")
+
+
+def test_the_openai_server_answers_a_client_on_the_fused_path(server, stock):
+    from engine_worker import MAX_TOKENS, PROMPTS
+    from openai import OpenAI
+
+    client = OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0)
+    extra = {"ignore_eos": True, "return_token_ids": True}
+    answer = client.completions.create(
+        model="tiny", prompt=PROMPTS, max_tokens=MAX_TOKENS, temperature=0, extra_body=extra
+    )
+    assert [choice.token_ids for choice in answer.choices] == stock["fp32"]["tokens"]
+
+    request = urllib.request.Request(
+        f"{server}/collective_rpc", b'{"method": "mirage_report"}', {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=30) as response:
+        reports = json.load(response)["results"]
+    assert_all({"reports": reports}, "fused")
+    assert op_calls({"reports": reports}) > 0
