@@ -428,6 +428,7 @@ package_folder() { # the vllm package folder, also when VLLM_DIR is the source t
 do_install() {
   if [[ $TUNE == yes && $DRY_RUN == no ]] && ! nvidia_gpu; then tune_kernels; fi # refuses before anything is installed
   provide_vllm
+  let_others_go
   apply_overlay
   install_mirage
   if [[ $TUNE == yes ]]; then tune_kernels; fi
@@ -464,9 +465,20 @@ prepare() {
   export PYTHONDONTWRITEBYTECODE=1 # keep this checkout clean
 }
 
+one_at_a_time() { # two runs must not fill one environment at once; the lock is this script, so nothing is left behind
+  [[ $ACTION == install && $DRY_RUN == no ]] && command -v flock >/dev/null || return 0
+  exec 9<"$HERE/install.sh"
+  flock --nonblock 9 && return
+  printf 'Waiting for another install.sh of this checkout …\n'
+  flock 9 || true # a file system without locks
+}
+
+let_others_go() { exec 9<&-; }
+
 main() {
   parse_options "$@"
   prepare
+  one_at_a_time
   choose_python
   "do_$ACTION"
 }

@@ -833,8 +833,9 @@ def run(arguments: argparse.Namespace) -> None:
         found = status(tree, overlay)
         print(json.dumps(found, indent=1)) if arguments.json else print_status(found)
         return
-    if nothing_to_do(arguments.command, tree, overlay, examine(tree, overlay)):  # needs no lock, so no write either
-        return
+    locked_before = tree.path(LOCK).exists()  # by a run that goes on, or left by one that was killed
+    if not locked_before and nothing_to_do(arguments.command, tree, overlay, examine(tree, overlay)):
+        return  # without the lock, because taking it writes
     command = install if arguments.command == "install" else uninstall
     try:
         with contextlib.nullcontext() if arguments.dry_run else locked(tree, arguments.wait):
