@@ -284,6 +284,8 @@ def run_arm(switch: str, spec: dict[str, Any], folder: Path, verbose: bool) -> d
     environment = {**os.environ, "VLLM_USE_MIRAGE": switch}
     environment.setdefault("VLLM_NO_USAGE_STATS", "1")
     environment.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # engine in this process: starts sooner
+    if spec["llm"]["tensor_parallel_size"] > 1:  # on CPUs, else vLLM wants a NUMA node for each rank
+        environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     if Path(spec["llm"]["model"]).is_dir():
         environment.setdefault("HF_HUB_OFFLINE", "1")
     command = [sys.executable, str(Path(__file__).resolve()), "--arm-spec", str(spec_file)]
