@@ -413,10 +413,16 @@ run_demo() {
   with_vllm "$PYTHON" "$HERE/test_mirage_qwen3.py" --model tiny
 }
 
-with_vllm() { # with_vllm COMMAND…: with this vLLM first on the import path
+with_vllm() { # with_vllm COMMAND…: so that PYTHON imports this vLLM
   local parent
-  parent="$(dirname -- "$(package_folder)")"
-  PYTHONPATH="$parent${PYTHONPATH:+:$PYTHONPATH}" "$@"
+  parent="$(import_path)"
+  if [[ -z $parent ]]; then "$@"; else PYTHONPATH="$parent${PYTHONPATH:+:$PYTHONPATH}" "$@"; fi
+}
+
+import_path() { # what PYTHONPATH needs so that PYTHON imports this vLLM; empty if it does already
+  local folder
+  folder="$(package_folder)"
+  [[ "$("$PYTHON" "$FILES" locate)" == "$folder" ]] || dirname -- "$folder"
 }
 
 package_folder() { # the vllm package folder, also when VLLM_DIR is the source tree around it
@@ -437,7 +443,10 @@ do_install() {
 }
 
 tell_how_to_use() {
+  local parent
+  parent="$(import_path)"
   printf '\nUse it:  export VLLM_USE_MIRAGE=1   (Python: %s)\n' "$PYTHON"
+  if [[ -n $parent ]]; then printf '         export PYTHONPATH=%q\n' "$parent"; fi
   printf 'Test it: %q %q\n' "$PYTHON" "$HERE/test_mirage_qwen3.py"
 }
 

@@ -562,12 +562,12 @@ def find_obstacles(tree: Tree, overlay: Overlay, manifest: Manifest | None, forc
 def import_error(tree: Tree) -> str | None:
     """Import vLLM's Qwen3 from this tree in a fresh process; the last line of the error, None if it imports."""
     code = "import vllm.model_executor.models.qwen3 as m; print('\\n' + m.__file__)"
-    search = os.pathsep.join(filter(None, [str(tree.root.parent), os.environ.get("PYTHONPATH")]))
-    offline = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
-    env = {**os.environ, **offline, "PYTHONPATH": search, "VLLM_USE_MIRAGE": "1"}
-    command, folder = [sys.executable, "-c", code], tree.root.parent
+    env = {**os.environ, "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "VLLM_USE_MIRAGE": "1"}
+    if locate() != tree.root:
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(tree.root.parent), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, "-c", code]
     try:
-        done = subprocess.run(command, cwd=folder, env=env, capture_output=True, timeout=IMPORT_LIMIT_S, text=True)
+        done = subprocess.run(command, cwd="/", env=env, capture_output=True, timeout=IMPORT_LIMIT_S, text=True)
     except subprocess.TimeoutExpired:
         return f"the import did not end within {IMPORT_LIMIT_S} seconds"
     if done.returncode:

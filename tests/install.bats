@@ -724,9 +724,11 @@ PY
   installer --demo
   succeeds
   contains "demo ['--model', 'tiny'] $VLLM/__init__.py"
+  lacks "export PYTHONPATH"
   make_vllm "$BASE/tree/vllm" 0.33.0
   installer --demo --vllm-dir "$BASE/tree"
   succeeds
+  contains "export PYTHONPATH="
   contains "demo ['--model', 'tiny'] $BASE/tree/vllm/__init__.py"
 }
 
