@@ -39,6 +39,7 @@ main() {
   WORK=$(mktemp -d)
   trap 'rm -rf "$WORK"' EXIT
   LOG=$WORK/install.log
+  ensure_pip
   install_requirements
   if [[ -n $MIRAGE_DIR && $(checkout_version) != "$MIRAGE_VERSION" ]]; then
     build_with_cuda
@@ -80,13 +81,17 @@ check_tools() {
 
 has_pip() { "$PYTHON" -m pip --version >/dev/null 2>&1; }
 
-# pip's `install` with the same arguments, by uv where the environment has no pip (uv makes them so).
+# uv makes environments without pip, and its own builds put the environment's cmake before our shim: there pip itself
+# comes by uv, into a folder of ours.
+ensure_pip() {
+  has_pip && return
+  uv pip install --python "$PYTHON" --target "$WORK/pip" pip >>"$LOG" 2>&1 ||
+    fail_with_log "Could not download pip from the registry"
+  export PYTHONPATH=$WORK/pip
+}
+
 pip_install() {
-  if has_pip; then
-    "$PYTHON" -m pip install --disable-pip-version-check --no-cache-dir --no-deps "$@" >>"$LOG" 2>&1
-  else
-    uv pip install --python "$PYTHON" --no-cache --no-deps "$@" >>"$LOG" 2>&1
-  fi
+  "$PYTHON" -m pip install --disable-pip-version-check --no-cache-dir --no-deps "$@" >>"$LOG" 2>&1
 }
 
 installed_version() { version_of mirage-project; }
@@ -108,8 +113,8 @@ OPS["linear"](CANONICAL["linear"]).export()' >>"$LOG" 2>&1
 }
 
 checkout_version() {
-  grep -hoE '(__version__ *= *|version=)"[0-9.]+"' "$MIRAGE_DIR"/python/mirage/version.py "$MIRAGE_DIR"/setup.py \
-    2>/dev/null | head -1 | grep -oE '[0-9.]+' || echo unknown
+  { cat "$MIRAGE_DIR"/python/mirage/{version,__init__}.py "$MIRAGE_DIR"/setup.py 2>/dev/null || true; } |
+    sed -nE 's/.*\<(__)?version(__)? *= *"([0-9.]+)".*/\3/p' | head -1
 }
 
 # What Mirage needs to run and what its metadata asks for, each only where it is missing and without dependencies:
@@ -134,7 +139,7 @@ build_without_cuda() {
     cp -r "$MIRAGE_DIR" "$source"
   fi
   say "Building mirage-project $MIRAGE_VERSION (about 2 minutes on 2 cores) ..."
-  PATH=$WORK/bin:$PATH PYTHONPATH=$WORK/tools CFLAGS="-O0 -w -I$WORK/include" LIBRARY_PATH=$WORK/lib \
+  PATH=$WORK/bin:$PATH PYTHONPATH=$WORK/tools:${PYTHONPATH:-} CFLAGS="-O0 -w -I$WORK/include" LIBRARY_PATH=$WORK/lib \
     LDFLAGS="-L$WORK/lib -Wl,--as-needed" \
     pip_install --no-build-isolation --no-binary mirage-project "$source" ||
     fail_with_log "Could not download or build mirage-project $MIRAGE_VERSION"
@@ -187,7 +192,7 @@ fail_with_log() {
   local kept reason
   kept=$(mktemp --suffix=.install_mirage.log)
   cp "$LOG" "$kept"
-  reason=$(grep -m1 -iE 'error|not found' "$kept" | sed 's/^[[:space:]]*//; s/[.:]*$//' || true)
+  reason=$(grep -E 'error:|ERROR:|CMake Error' "$kept" | grep -vm1 'subprocess-exited' | sed 's/^ *//; s/[.:]*$//' || true)
   fail "$1 (${reason:-see the log}); the whole log is $kept."
 }
 

@@ -33,6 +33,8 @@ GRAPHS_DIR = Path(__file__).parent / "graphs"
 REPLICATED = (REPLICATE, REPLICATE, REPLICATE)
 COLUMNS = (1, REPLICATE, REPLICATE)
 """Tile map: grid x splits the columns (dim 1)."""
+ROWS = (0, REPLICATE, REPLICATE)
+"""Tile map: grid x splits the rows (dim 0), a block for each token."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,29 @@ def rms_norm_linear(shape: Shape, *, residual: bool = True) -> KernelGraph:
     block.new_output("O", block.div("out", product, rms), COLUMNS)
     graph.customized([stream, gamma, weight], block)
     graph.mark_output("O", row_major((shape.num_tokens, shape.n)))
+    if residual:
+        graph.mark_output(stream, row_major((shape.num_tokens, shape.k)))
+    return graph
+
+
+def rms_norm(shape: Shape, *, residual: bool = True) -> KernelGraph:
+    """O = rms_norm(X + R)·γ and S = X + R, a block for each token; without residual O = rms_norm(X)·γ.
+
+    With `linear` behind it, the same op as rms_norm_linear in two kernels: every block of that one repeats the norm of
+    all tokens, which stops paying as tokens grow. There is no matmul, so shape.n does not count.
+    """
+    name = "rms_norm" if residual else "rms_norm_first"
+    graph = KernelGraph(name, Annotations(eps=(RuntimeEps("rms", "eps"),)))
+    stream = _residual_stream(graph, shape) if residual else _activations(graph, "X", shape.num_tokens, shape.k, shape)
+    gamma = _activations(graph, "G", 1, shape.k, shape)
+    block = shape.block()
+    s = block.new_input("s", stream, ROWS, forloop_dim=REPLICATE)
+    g = block.new_input("g", gamma, REPLICATED, forloop_dim=REPLICATE)
+    scaled = block.forloop_accum("acc", block.mul("s_scaled", s, g))
+    rms = block.forloop_accum("rms", s, "rms")
+    block.new_output("O", block.div("out", scaled, rms), ROWS)
+    graph.customized([stream, gamma], block)
+    graph.mark_output("O", row_major((shape.num_tokens, shape.k)))
     if residual:
         graph.mark_output(stream, row_major((shape.num_tokens, shape.k)))
     return graph
@@ -145,6 +170,8 @@ Builder = Callable[[Shape], KernelGraph]
 OPS: dict[str, Builder] = {
     "rms_norm_linear": rms_norm_linear,
     "rms_norm_linear_first": lambda shape: rms_norm_linear(shape, residual=False),
+    "rms_norm": rms_norm,
+    "rms_norm_first": lambda shape: rms_norm(shape, residual=False),
     "rms_norm_gate_up_silu": rms_norm_gate_up_silu,
     "linear_residual": linear_residual,
     "linear": lambda shape: linear_residual(shape, residual=False),
@@ -154,6 +181,8 @@ CANONICAL: dict[str, Shape] = {
     # Qwen3-8B's projections: qkv, qkv of the first layer, gate_up, o_proj, and o_proj's tensor-parallel half.
     "rms_norm_linear": Shape(16, 4096, 6144, grid=128, forloop_range=16),
     "rms_norm_linear_first": Shape(16, 4096, 6144, grid=128, forloop_range=16),
+    "rms_norm": Shape(16, 4096, 4096, grid=16, forloop_range=1),
+    "rms_norm_first": Shape(16, 4096, 4096, grid=16, forloop_range=1),
     "rms_norm_gate_up_silu": Shape(16, 4096, 12288, grid=128, forloop_range=32),
     "linear_residual": Shape(16, 4096, 4096, grid=128, forloop_range=16),
     "linear": Shape(16, 2048, 4096, grid=128, forloop_range=16),

@@ -1,0 +1,413 @@
+// SPDX-License-Identifier: Apache-2.0
+// Device runtime of the generated kernels: prologue -> skinny GEMM -> epilogue, no CUTLASS, compiles with NVRTC and nvcc.
+//
+// out[token, n] = epilogue(sum_k tile[token, k] * weight[n, k]),  tile = prologue(activations),  weight as vLLM stores it: [N, K].
+//
+// A decode step reads every weight once, so the time of such a kernel is the time to stream [N, K] from device memory.
+// Everything here serves that stream:
+//   - a warp owns steps of 32 k for all weight rows and all tokens of its block. What it multiplies goes from global memory straight
+//     into its registers, several steps ahead: no barrier and no shared memory before the end, and the prologue (residual add, sum of
+//     squares, gamma) is computed on the fragments while later steps arrive. A prologue of its own, which puts the activations into
+//     shared memory first, was measured at 18.3 us where this form needs far less (K 4096, N 6144, 16 tokens; docs/perf-log.md);
+//   - weights are the A operand of mma.m16n8k16 (16 weight rows), tokens the B operand (8 columns): 1 to 8 tokens cost one mma.
+//     A lane's 16 bytes are 8 neighbouring k of one row, used as the k of two mma steps in an order of our own; the activations'
+//     16 bytes follow the same order, and a dot product does not care;
+//   - K is split over the warps of a block and, for many tokens, over the blocks of a cluster: a block then loads only its share of the
+//     activations. Partial sums meet in shared memory, so that no second kernel reduces them.
+#pragma once
+
+#ifdef MIRAGE_EMULATE  // g++ build without a GPU: the same source, run by the emulator of the test-suite
+#include "mirage_emulator.h"
+#else
+#ifdef __CUDACC_RTC__
+typedef unsigned short uint16_t;
+typedef unsigned int uint32_t;
+typedef unsigned long long uint64_t;
+#else
+#include <stdint.h>
+#endif
+#define MIRAGE_DEVICE __device__ __forceinline__
+#define MIRAGE_UNROLL _Pragma("unroll")
+#define MIRAGE_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
+#endif
+
+namespace mirage {
+
+constexpr int kWarp = 32;
+constexpr int kVector = 8;    // 16-bit elements in 16 bytes
+constexpr int kRowTile = 16;  // weight rows of one mma
+constexpr int kStep = 32;     // k of one 16-byte load by the four lanes that share a row
+constexpr int kColumns = 8;   // tokens of one mma
+
+struct alignas(16) Vec {
+  uint32_t word[4];
+};
+
+// ------------------------------------------------------------------------------------------------ element types
+#ifdef MIRAGE_FP16
+constexpr bool kIsFp16 = true;
+#else
+constexpr bool kIsFp16 = false;
+#endif
+
+#ifndef MIRAGE_EMULATE
+MIRAGE_DEVICE float low_to_float(uint32_t pair) {
+#ifdef MIRAGE_FP16
+  float value;
+  asm("{.reg .f16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, l;}" : "=f"(value) : "r"(pair));
+  return value;
+#else
+  return __uint_as_float(pair << 16);
+#endif
+}
+MIRAGE_DEVICE float high_to_float(uint32_t pair) {
+#ifdef MIRAGE_FP16
+  float value;
+  asm("{.reg .f16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, h;}" : "=f"(value) : "r"(pair));
+  return value;
+#else
+  return __uint_as_float(pair & 0xffff0000u);
+#endif
+}
+MIRAGE_DEVICE uint32_t to_pair(float low, float high) {
+  uint32_t pair;
+#ifdef MIRAGE_FP16
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+#else
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+#endif
+  return pair;
+}
+MIRAGE_DEVICE float rsqrt_exact(float x) { return 1.0f / sqrtf(x); }
+MIRAGE_DEVICE float silu(float x) { return x / (1.0f + __expf(-x)); }
+
+// ------------------------------------------------------------------------------------------------ memory and mma
+// All loads are volatile: they stay in program order, which is the software pipeline.
+MIRAGE_DEVICE Vec load_weights(void const *address) {  // read once a step: no place in L1
+  Vec v;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
+               : "l"(address));
+  return v;
+}
+MIRAGE_DEVICE void prefetch_l2(void const *address, uint32_t bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(address), "r"(bytes));
+#endif
+}
+MIRAGE_DEVICE Vec load_global(void const *address) {
+  Vec v;
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
+               : "l"(address)
+               : "memory");
+  return v;
+}
+MIRAGE_DEVICE void store_global(void *address, Vec v) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(v.word[0]), "r"(v.word[1]), "r"(v.word[2]), "r"(v.word[3])
+               : "memory");
+}
+MIRAGE_DEVICE void store_global(void *address, uint32_t pair) { *static_cast<uint32_t *>(address) = pair; }
+MIRAGE_DEVICE uint32_t load_global_pair(void const *address) { return *static_cast<uint32_t const *>(address); }
+MIRAGE_DEVICE void store_shared(void *address, Vec v) { *static_cast<Vec *>(address) = v; }
+MIRAGE_DEVICE void store_shared(void *address, float v) { *static_cast<float *>(address) = v; }
+MIRAGE_DEVICE Vec load_shared(void const *address) { return *static_cast<Vec const *>(address); }
+MIRAGE_DEVICE float load_shared_float(void const *address) { return *static_cast<float const *>(address); }
+MIRAGE_DEVICE void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+#ifdef MIRAGE_FP16
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+#else
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+#endif
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+MIRAGE_DEVICE float shuffle_xor(float v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
+MIRAGE_DEVICE void block_barrier() { __syncthreads(); }
+
+// ------------------------------------------------------------------------------------------------ cluster and launch order
+MIRAGE_DEVICE int cluster_rank() {
+#if __CUDA_ARCH__ >= 900
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return static_cast<int>(rank);
+#else
+  return 0;
+#endif
+}
+MIRAGE_DEVICE void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+MIRAGE_DEVICE void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+MIRAGE_DEVICE void store_cluster(void *address, int rank, float v) {  // the same shared address in block `rank` of the cluster
+#if __CUDA_ARCH__ >= 900
+  uint32_t local = static_cast<uint32_t>(__cvta_generic_to_shared(address)), remote;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(local), "r"(rank));
+  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(remote), "f"(v) : "memory");
+#endif
+}
+// Programmatic dependent launch: nothing that an earlier kernel wrote may be read before wait_for_previous_kernel().
+MIRAGE_DEVICE void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+MIRAGE_DEVICE void release_next_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+#endif  // MIRAGE_EMULATE
+
+MIRAGE_DEVICE void unpack(Vec v, float (&out)[kVector]) {
+  MIRAGE_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    out[2 * i] = low_to_float(v.word[i]);
+    out[2 * i + 1] = high_to_float(v.word[i]);
+  }
+}
+MIRAGE_DEVICE Vec pack(float const (&in)[kVector]) {
+  Vec v;
+  MIRAGE_UNROLL
+  for (int i = 0; i < 4; ++i) v.word[i] = to_pair(in[2 * i], in[2 * i + 1]);
+  return v;
+}
+
+// ------------------------------------------------------------------------------------------------ schedule
+// Everything that the plan and the muGraph's grid, for-loop range and tile maps decide. Lengths are in elements.
+template <int K_, int N_, int TOKENS_, int GRID_, int FORLOOP_, int CLUSTER_, int WARPS_, int STAGES_, int EARLY_, int PREFETCH_,
+          int GEMMS_, int INPUTS_, int VECTORS_, int ROW_SUMS_>
+struct Schedule {
+  static constexpr int K = K_, N = N_, TOKENS = TOKENS_, GRID = GRID_, FORLOOP = FORLOOP_, CLUSTER = CLUSTER_, WARPS = WARPS_;
+  static constexpr int THREADS = WARPS * kWarp;
+  static constexpr int GEMMS = GEMMS_;                                          // weight tiles that share the activations
+  static constexpr int INPUTS = INPUTS_;                                        // activation tensors [num_tokens, K]
+  static constexpr int VECTORS = VECTORS_;                                      // weight vectors [K]
+  static constexpr int ROW_SUMS = ROW_SUMS_;                                    // sums over whole rows of the activations
+  static constexpr int ROWS = N / GRID;                                         // output columns of a cluster = weight rows of each GEMM
+  static constexpr int ROW_TILES = GEMMS * ROWS / kRowTile;
+  static constexpr int TOKEN_TILES = TOKENS / kColumns;
+  static constexpr int K_BLOCK = K / CLUSTER;                                   // k of this block
+  static constexpr int K_ITERATION = K / FORLOOP;                               // k of one for-loop iteration
+  static constexpr int UNITS = K_ITERATION / (WARPS * kStep);                   // neighbouring steps of a warp in an iteration
+  static constexpr int STEPS = K_BLOCK / (WARPS * kStep);                       // steps of a warp
+  static constexpr int STAGES = STAGES_ < STEPS ? STAGES_ : STEPS;              // steps in flight
+  static constexpr int EARLY = EARLY_ < STAGES ? EARLY_ : STAGES;               // steps of weights asked for before the previous kernel is done
+  static constexpr int EARLY_ITERATIONS = (EARLY + UNITS - 1) / UNITS, LATE_ITERATIONS = FORLOOP / CLUSTER - EARLY_ITERATIONS;
+  static constexpr int PREFETCH = PREFETCH_ < LATE_ITERATIONS ? PREFETCH_ : LATE_ITERATIONS;  // further iterations asked into L2 before that
+  static_assert(TOKENS % kColumns == 0, "tokens come in columns of an mma");
+  static_assert(N % GRID == 0 && ROWS % kRowTile == 0, "grid must divide N into tiles of 16 rows");
+  static_assert(K % FORLOOP == 0 && FORLOOP % CLUSTER == 0 && UNITS * WARPS * kStep == K_ITERATION, "for-loop range must divide K into warps x 32");
+  static_assert(ROWS % (2 * CLUSTER) == 0, "a cluster's blocks share its rows in pairs");
+
+  // shared memory, used at the end only: partial sums of the warps | row sums of the warps and blocks | partial sums of the blocks
+  static constexpr int PITCH = GEMMS * ROWS + 4;                                // 4 mod 16 words: the four lanes of a row hit different banks
+  static constexpr int SUMS_OFFSET = WARPS * TOKENS * PITCH * 4;
+  static constexpr int SUM_PARTS = WARPS * CLUSTER;
+  static constexpr int CLUSTER_OFFSET = SUMS_OFFSET + ROW_SUMS * TOKENS * SUM_PARTS * 4;
+  static constexpr int SHARED_BYTES = CLUSTER_OFFSET + (CLUSTER > 1 ? TOKENS * GEMMS * ROWS * 4 : 0);
+};
+
+// Where this thread stands. A fragment's 16 bytes: row (weight row, token) lane / 4, k lane % 4 * 8 and on, of a step's 32.
+template <class S>
+struct Position {
+  int thread, lane, warp, rank, cluster, first_k;
+  MIRAGE_DEVICE Position()
+      : thread(threadIdx.x), lane(threadIdx.x % kWarp), warp(threadIdx.x / kWarp), rank(S::CLUSTER > 1 ? cluster_rank() : 0),
+        cluster(blockIdx.x / S::CLUSTER), first_k(rank * S::K_BLOCK + warp * S::UNITS * kStep + lane % 4 * kVector) {}
+  MIRAGE_DEVICE int k(int step) const { return first_k + step_k(step); }  // from the tensor's start
+  static MIRAGE_DEVICE constexpr int step_k(int step) { return step / S::UNITS * S::K_ITERATION + step % S::UNITS * kStep; }
+};
+
+MIRAGE_DEVICE unsigned char const *element(void const *tensor, uint64_t index) { return static_cast<unsigned char const *>(tensor) + index * 2; }
+MIRAGE_DEVICE unsigned char *element(void *tensor, uint64_t index) { return static_cast<unsigned char *>(tensor) + index * 2; }
+
+// ------------------------------------------------------------------------------------------------ activations
+// What a warp holds of one step: a fragment of each input for each tile of 8 tokens, and one of each vector.
+template <class S>
+struct Fragments {
+  Vec input[S::INPUTS][S::TOKEN_TILES], vector[S::VECTORS > 0 ? S::VECTORS : 1];
+};
+template <class S>
+MIRAGE_DEVICE Vec load_input(Position<S> const &at, void const *tensor, int num_tokens, int tile, int step) {  // rows from num_tokens on read as 0
+  const int token = tile * kColumns + at.lane / 4;
+  Vec v = {};
+  if (token < num_tokens) v = load_global(element(tensor, static_cast<uint64_t>(token) * S::K + at.k(step)));
+  return v;
+}
+template <class S>
+MIRAGE_DEVICE Vec load_vector(Position<S> const &at, void const *tensor, int step) {
+  return load_global(element(tensor, at.k(step)));
+}
+// An output [num_tokens, K] that every cluster knows in full: each writes the steps that fall to it.
+template <class S>
+MIRAGE_DEVICE void store_output(Position<S> const &at, void *tensor, int num_tokens, int tile, int step, float const (&values)[kVector]) {
+  const int token = tile * kColumns + at.lane / 4, k = at.k(step);
+  if (token < num_tokens && (token * (S::K / kStep) + k / kStep) % S::GRID == at.cluster)
+    store_global(element(tensor, static_cast<uint64_t>(token) * S::K + k), pack(values));
+}
+// Leaves this warp's share of a sum over a row of the activations where every block of the cluster finds it after a barrier.
+template <class S>
+MIRAGE_DEVICE void store_row_sum(unsigned char *shared, Position<S> const &at, int index, int tile, float sum) {
+  sum += shuffle_xor(sum, 1);
+  sum += shuffle_xor(sum, 2);
+  const int slot = (index * S::TOKENS + tile * kColumns + at.lane / 4) * S::SUM_PARTS + at.rank * S::WARPS + at.warp;
+  if (S::CLUSTER == 1) {
+    if (at.lane % 4 == 0) store_shared(shared + S::SUMS_OFFSET + slot * 4, sum);
+  } else {
+    for (int rank = at.lane % 4; rank < S::CLUSTER; rank += 4) store_cluster(shared + S::SUMS_OFFSET + slot * 4, rank, sum);
+  }
+}
+template <class S>
+MIRAGE_DEVICE float row_sum(unsigned char const *shared, int index, int token) {
+  float sum = 0.0f;
+  MIRAGE_UNROLL
+  for (int p = 0; p < S::SUM_PARTS; ++p) sum += load_shared_float(shared + S::SUMS_OFFSET + ((index * S::TOKENS + token) * S::SUM_PARTS + p) * 4);
+  return sum;
+}
+template <class S>
+MIRAGE_DEVICE void cluster_barrier() {
+  if (S::CLUSTER > 1) {
+    cluster_arrive();
+    cluster_wait();
+  } else {
+    block_barrier();
+  }
+}
+
+// ------------------------------------------------------------------------------------------------ rows
+// A kernel without a GEMM: one block for each token, 8 neighbouring k for each thread.
+template <int K_, int THREADS_>
+struct RowSchedule {
+  static constexpr int K = K_, THREADS = THREADS_, VECTORS_PER_THREAD = (K / kVector + THREADS - 1) / THREADS;
+  static constexpr int WARPS = THREADS / kWarp, SHARED_BYTES = WARPS * 4;
+  static_assert(K % kVector == 0 && THREADS % kWarp == 0, "a row is a whole number of 16-byte vectors");
+};
+template <class S>
+MIRAGE_DEVICE float block_sum(unsigned char *shared, float sum) {
+  MIRAGE_UNROLL
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
+  if (threadIdx.x % kWarp == 0) store_shared(shared + threadIdx.x / kWarp * 4, sum);
+  block_barrier();
+  sum = 0.0f;
+  MIRAGE_UNROLL
+  for (int w = 0; w < S::WARPS; ++w) sum += load_shared_float(shared + w * 4);
+  return sum;
+}
+
+// ------------------------------------------------------------------------------------------------ skinny GEMM
+template <class S>
+struct SkinnyGemm {
+  Vec ring[S::STAGES][S::ROW_TILES][2];  // weights in flight: rows lane / 4 and lane / 4 + 8 of each row tile
+  Fragments<S> activations[S::STAGES];
+  float acc[S::ROW_TILES][S::TOKEN_TILES][4];
+  unsigned char const *weight;           // this lane's 16 bytes of row lane / 4 of the cluster, at step 0
+
+  MIRAGE_DEVICE SkinnyGemm(void const *tensor, Position<S> const &at) {
+    weight = element(tensor, static_cast<uint64_t>(at.cluster * S::ROWS + at.lane / 4) * S::K + at.first_k);
+    MIRAGE_UNROLL
+    for (int i = 0; i < S::ROW_TILES * S::TOKEN_TILES * 4; ++i) acc[i / (S::TOKEN_TILES * 4)][i / 4 % S::TOKEN_TILES][i % 4] = 0.0f;
+  }
+  // May run before the previous kernel has finished: weights do not depend on it.
+  MIRAGE_DEVICE void start_early(void const *tensor, Position<S> const &at) {
+    MIRAGE_UNROLL
+    for (int step = 0; step < S::EARLY; ++step) load(step);
+    if (S::PREFETCH > 0 && at.thread < S::GEMMS * S::ROWS) {
+      const uint64_t row = static_cast<uint64_t>(at.thread / S::ROWS) * S::N + at.cluster * S::ROWS + at.thread % S::ROWS;
+      prefetch_l2(element(tensor, row * S::K + at.rank * S::K_BLOCK + S::EARLY_ITERATIONS * S::K_ITERATION), S::PREFETCH * S::K_ITERATION * 2);
+    }
+  }
+  MIRAGE_DEVICE void load(int step) {
+    constexpr int TILES = S::ROWS / kRowTile;  // row tiles of one GEMM; GEMM g multiplies rows g * N of the weight tensor and on
+    MIRAGE_UNROLL
+    for (int r = 0; r < S::ROW_TILES; ++r) {
+      const uint64_t index = (static_cast<uint64_t>(r / TILES) * S::N + r % TILES * kRowTile) * S::K + Position<S>::step_k(step);
+      ring[step % S::STAGES][r][0] = load_weights(element(weight, index));
+      ring[step % S::STAGES][r][1] = load_weights(element(weight, index + 8 * S::K));
+    }
+  }
+  // load_step(step, fragments&) loads the activations of a step; prologue(step, tile, fragments) makes of them the operand's
+  // fragment for one tile of 8 tokens.
+  template <class LoadStep, class Prologue>
+  MIRAGE_DEVICE void run(LoadStep load_step, Prologue prologue) {
+    MIRAGE_UNROLL
+    for (int step = 0; step < S::STAGES; ++step) {
+      load_step(step, activations[step]);  // before the weights of the step: they would wait behind them
+      if (step >= S::EARLY) load(step);
+    }
+    MIRAGE_UNROLL
+    for (int step = 0; step < S::STEPS; ++step) {
+      const int slot = step % S::STAGES;
+      MIRAGE_UNROLL
+      for (int c = 0; c < S::TOKEN_TILES; ++c) {
+        const Vec b = prologue(step, c, activations[slot]);
+        MIRAGE_UNROLL
+        for (int r = 0; r < S::ROW_TILES; ++r) {
+          Vec const &low = ring[slot][r][0], &high = ring[slot][r][1];
+          mma(acc[r][c], low.word[0], high.word[0], low.word[1], high.word[1], b.word[0], b.word[1]);
+          mma(acc[r][c], low.word[2], high.word[2], low.word[3], high.word[3], b.word[2], b.word[3]);
+        }
+      }
+      if (step + S::STAGES < S::STEPS) {
+        load_step(step + S::STAGES, activations[slot]);
+        load(step + S::STAGES);
+      }
+    }
+  }
+  // Sums the warps' and the cluster's shares, then calls epilogue(token, n, values[GEMMS][2]) for two neighbouring n of each token.
+  template <class Epilogue>
+  MIRAGE_DEVICE void finish(unsigned char *shared, Position<S> const &at, int num_tokens, Epilogue epilogue) {
+    MIRAGE_UNROLL
+    for (int r = 0; r < S::ROW_TILES; ++r)
+      MIRAGE_UNROLL
+    for (int c = 0; c < S::TOKEN_TILES; ++c)
+      MIRAGE_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const int token = c * kColumns + at.lane % 4 * 2 + i % 2, row = r * kRowTile + at.lane / 4 + i / 2 * 8;
+      if (token < num_tokens) store_shared(shared + ((at.warp * S::TOKENS + token) * S::PITCH + row) * 4, acc[r][c][i]);
+    }
+    block_barrier();
+    constexpr int PAIRS = S::ROWS / 2, SHARE = PAIRS / S::CLUSTER;
+    if (S::CLUSTER > 1) {
+      for (int i = at.thread; i < num_tokens * S::GEMMS * PAIRS; i += S::THREADS) {  // push each sum to the block that finishes it
+        const int pair = i % PAIRS, gemm = i / PAIRS % S::GEMMS, token = i / (PAIRS * S::GEMMS);
+        MIRAGE_UNROLL
+        for (int j = 0; j < 2; ++j)
+          store_cluster(shared + cluster_slot(at.rank, token, gemm, pair % SHARE * 2 + j), pair / SHARE,
+                        warp_sum(shared, token, gemm * S::ROWS + pair * 2 + j));
+      }
+      cluster_barrier<S>();
+    }
+    for (int i = at.thread; i < num_tokens * SHARE; i += S::THREADS) {
+      const int pair = i % SHARE, token = i / SHARE;
+      float values[S::GEMMS][2];
+      MIRAGE_UNROLL
+      for (int v = 0; v < S::GEMMS * 2; ++v)
+        values[v / 2][v % 2] = S::CLUSTER > 1 ? rank_sum(shared, token, v / 2, pair * 2 + v % 2) : warp_sum(shared, token, v / 2 * S::ROWS + pair * 2 + v % 2);
+      epilogue(token, at.cluster * S::ROWS + (at.rank * SHARE + pair) * 2, values);
+    }
+  }
+  static MIRAGE_DEVICE float warp_sum(unsigned char const *shared, int token, int row) {
+    float sum = 0.0f;
+    MIRAGE_UNROLL
+    for (int w = 0; w < S::WARPS; ++w) sum += load_shared_float(shared + ((w * S::TOKENS + token) * S::PITCH + row) * 4);
+    return sum;
+  }
+  static MIRAGE_DEVICE int cluster_slot(int rank, int token, int gemm, int row) {  // row counts inside the share of the block that finishes it
+    return S::CLUSTER_OFFSET + (((rank * S::TOKENS + token) * S::GEMMS + gemm) * (S::ROWS / S::CLUSTER) + row) * 4;
+  }
+  static MIRAGE_DEVICE float rank_sum(unsigned char const *shared, int token, int gemm, int row) {
+    float sum = 0.0f;
+    MIRAGE_UNROLL
+    for (int rank = 0; rank < S::CLUSTER; ++rank) sum += load_shared_float(shared + cluster_slot(rank, token, gemm, row));
+    return sum;
+  }
+};
+
+}  // namespace mirage
