@@ -4,6 +4,7 @@
 The installed vLLM is never changed, and it may itself carry the overlay: both copies are made from its stock files.
 """
 
+import importlib
 import importlib.util
 import os
 import shutil
@@ -11,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -80,6 +82,16 @@ def vllm_overlay(tmp_path_factory: pytest.TempPathFactory) -> Path:
     site = tmp_path_factory.mktemp("overlay")
     apply_overlay(_copy_stock(site))
     return site
+
+
+@pytest.fixture(scope="session")
+def ops(vllm_overlay: Path) -> Any:
+    """The module fused_mirage_ops, imported into this process from the overlaid copy of vLLM."""
+    os.environ.update(HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1")
+    sys.path.insert(0, str(vllm_overlay))
+    module = importlib.import_module("vllm.model_executor.layers.fused_mirage_ops")
+    assert str(module.__file__).startswith(str(vllm_overlay)), "another vLLM was imported earlier in this process"
+    return module
 
 
 @pytest.fixture(scope="session")

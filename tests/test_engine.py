@@ -337,7 +337,7 @@ def test_the_openai_server_answers_a_client_on_the_fused_path(server, stock):
     answer = client.completions.create(
         model="tiny", prompt=PROMPTS, max_tokens=MAX_TOKENS, temperature=0, extra_body=extra
     )
-    assert [choice.token_ids for choice in answer.choices] == stock["fp32"]["tokens"]
+    assert [choice["token_ids"] for choice in answer.model_dump()["choices"]] == stock["fp32"]["tokens"]
 
     request = urllib.request.Request(
         f"{server}/collective_rpc", b'{"method": "mirage_report"}', {"Content-Type": "application/json"}

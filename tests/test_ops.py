@@ -8,6 +8,7 @@ import os
 import sys
 import types
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -17,16 +18,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 EPS = 1e-6
 HIDDEN, QKV = 256, 512  # the tiny model's
-
-
-@pytest.fixture(scope="module")
-def ops(vllm_overlay):
-    """The module fused_mirage_ops, imported from the overlaid copy of vLLM."""
-    os.environ.update(HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1")
-    sys.path.insert(0, str(vllm_overlay))
-    module = importlib.import_module("vllm.model_executor.layers.fused_mirage_ops")
-    assert str(module.__file__).startswith(str(vllm_overlay)), "another vLLM was imported earlier in this process"
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -218,9 +209,14 @@ def test_without_a_kernel_the_reason_is_kept(ops, use, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm.model_executor.layers.mirage_kernels", None)
     assert "cannot be imported" in ops.prepare_kernel(64, 96, torch.bfloat16, torch.device("cuda", 0))
 
-    stub = types.ModuleType("mirage_kernels")
     asked = []
-    stub.prepare = lambda op, **shape: asked.append((op, shape)) or RecordingKernel()  # type: ignore[attr-defined]
+
+    def prepare(op, **shape):
+        asked.append((op, shape))
+        return RecordingKernel()
+
+    stub: Any = types.ModuleType("mirage_kernels")
+    stub.prepare = prepare
     monkeypatch.setitem(sys.modules, "vllm.model_executor.layers.mirage_kernels", stub)
     monkeypatch.setattr(layers, "mirage_kernels", stub, raising=False)
     shape = {"k": 64, "n": 128, "dtype": torch.bfloat16, "device": torch.device("cuda", 0)}
@@ -334,9 +330,7 @@ def test_an_ineligible_pair_has_a_reason(ops, use, build_layer, change, expected
         (passes(), None, 2, None),
     ],
 )
-def test_engine_settings_that_must_see_the_norm_decline(
-    ops, use, build_layer, monkeypatch, compilation, lora, tensor_parallel, expected
-):
+def test_engine_settings_that_must_see_the_norm_decline(ops, use, build_layer, monkeypatch, compilation, lora, tensor_parallel, expected):
     layer = build_layer(layer_class())
     layer.self_attn.qkv_proj.tp_size = tensor_parallel
     config = SimpleNamespace(compilation_config=compilation, lora_config=lora)
@@ -424,12 +418,13 @@ def test_a_replaced_projection_takes_the_stock_path(ops, use, build_layer, compi
 
 def test_a_subclass_with_its_own_forward_takes_the_stock_path(ops, use, build_layer):
     use("1")
+    base: Any = layer_class()
 
-    class Eagle(layer_class()):
+    class Eagle(base):
         def forward(self, positions, embeds, hidden_states, residual):
             raise NotImplementedError
 
-    class Plain(layer_class()):
+    class Plain(base):
         pass
 
     assert build_layer(Eagle).fused_norm_qkv is None
@@ -459,10 +454,10 @@ def test_strict_accepts_an_op_that_was_switched_off(ops, use, build_layer, monke
 # ---------------------------------------------------------------------------------------------------------- models
 @pytest.fixture
 def build_model(engine_config):
-    from vllm.model_executor.models import qwen3
     from vllm.utils.torch_utils import set_default_torch_dtype
 
     def build():
+        qwen3: Any = importlib.import_module("vllm.model_executor.models.qwen3")
         engine_config.compilation_config.static_forward_context.clear()
         with set_default_torch_dtype(torch.bfloat16):
             return qwen3.Qwen3ForCausalLM(vllm_config=engine_config)
@@ -517,7 +512,7 @@ def execute_overlay_module():
     """Run qwen3.py of the overlay as a second module beside the imported one."""
     from vllm.model_executor.models import qwen3
 
-    spec = importlib.util.spec_from_file_location("vllm.model_executor.models.qwen3", qwen3.__file__)
+    spec: Any = importlib.util.spec_from_file_location("vllm.model_executor.models.qwen3", qwen3.__file__)
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 

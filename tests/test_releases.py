@@ -228,7 +228,7 @@ def test_the_model_finds_our_layer(release):
 def test_every_vllm_name_our_files_import_exists(release, ours):
     checked = 0
     for node in ast.walk(tree(PATCHES / ours)):
-        if not isinstance(node, ast.ImportFrom) or node.level or not (node.module or "").startswith("vllm"):
+        if not isinstance(node, ast.ImportFrom) or node.level or not node.module or not node.module.startswith("vllm"):
             continue
         file = module_file(release, node.module)
         assert file is not None, f"{node.module} is not in vLLM {version_of(release)}"

@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.library import Library, infer_schema
 from vllm import envs
 from vllm.config import get_current_vllm_config_or_none
@@ -142,7 +141,7 @@ def _kernel_for(hidden_states: torch.Tensor, qkv_weight: torch.Tensor, *others: 
 
 
 # ----------------------------------------------------------------------------------------------------- eligibility
-def why_not_fused(norm_layer: nn.Module, qkv_proj: nn.Module) -> str | None:
+def why_not_fused(norm_layer: RMSNorm, qkv_proj: QKVParallelLinear) -> str | None:
     """The reason why this pair must stay on the stock path, or None.
 
     A quantised projection is declined, so vLLM's norm + quantisation fusion loses nothing that it could match.
@@ -154,7 +153,7 @@ def why_not_fused(norm_layer: nn.Module, qkv_proj: nn.Module) -> str | None:
     return _why_not_norm(norm_layer) or _why_not_projection(norm_layer, qkv_proj) or _why_not_config(qkv_proj)
 
 
-def _why_not_norm(norm_layer: nn.Module) -> str | None:
+def _why_not_norm(norm_layer: RMSNorm) -> str | None:
     if type(norm_layer) is not RMSNorm:
         return f"the norm is {type(norm_layer).__name__}, not RMSNorm"
     if norm_layer.variance_size_override is not None:
@@ -164,7 +163,7 @@ def _why_not_norm(norm_layer: nn.Module) -> str | None:
     return None
 
 
-def _why_not_projection(norm_layer: nn.Module, qkv_proj: nn.Module) -> str | None:
+def _why_not_projection(norm_layer: RMSNorm, qkv_proj: QKVParallelLinear) -> str | None:
     if type(qkv_proj) is not QKVParallelLinear:  # a LoRA wrapper, a vendor's class
         return f"qkv_proj is {type(qkv_proj).__name__}, not QKVParallelLinear"
     method = qkv_proj.quant_method
@@ -188,7 +187,7 @@ def _why_not_projection(norm_layer: nn.Module, qkv_proj: nn.Module) -> str | Non
     return None
 
 
-def _why_not_config(qkv_proj: nn.Module) -> str | None:
+def _why_not_config(qkv_proj: QKVParallelLinear) -> str | None:
     """Reasons in the engine's configuration.  Outside an engine (tests) there is none."""
     config = get_current_vllm_config_or_none()
     if config is None:
@@ -348,7 +347,7 @@ class FusedRMSNormQKV:
     Raises ValueError for a pair that may not be fused.
     """
 
-    def __init__(self, norm_layer: nn.Module, qkv_proj: nn.Module) -> None:
+    def __init__(self, norm_layer: RMSNorm, qkv_proj: QKVParallelLinear) -> None:
         if reason := why_not_fused(norm_layer, qkv_proj):
             raise ValueError(f"RMSNorm and QKV projection cannot be fused: {reason}")
         self.norm_layer = norm_layer
@@ -399,7 +398,7 @@ class LayerPlan:
 _plans: dict[str, LayerPlan] = {}
 
 
-def fuse_norm_qkv(layer: nn.Module, forward: Any, num_layers: int) -> FusedRMSNormQKV | None:
+def fuse_norm_qkv(layer: Any, forward: Any, num_layers: int) -> FusedRMSNormQKV | None:
     """Decide the path of a decoder layer that was just built; None is the stock path.
 
     forward: the forward that knows `fused_norm_qkv`; a subclass with another one takes the stock path.
@@ -421,7 +420,7 @@ def fuse_norm_qkv(layer: nn.Module, forward: Any, num_layers: int) -> FusedRMSNo
     return plan.fused
 
 
-def _plan_norm_qkv(name: str, layer: nn.Module, forward: Any) -> LayerPlan:
+def _plan_norm_qkv(name: str, layer: Any, forward: Any) -> LayerPlan:
     fused, kernel, reason = None, None, _why_not_layer(layer, forward)
     if reason is None:
         fused = FusedRMSNormQKV(layer.input_layernorm, layer.self_attn.qkv_proj)
@@ -435,7 +434,7 @@ def _plan_norm_qkv(name: str, layer: nn.Module, forward: Any) -> LayerPlan:
     return LayerPlan(name, "norm_qkv", weakref.ref(layer), fused, kernel, reason)
 
 
-def _why_not_layer(layer: nn.Module, forward: Any) -> str | None:
+def _why_not_layer(layer: Any, forward: Any) -> str | None:
     if not is_mirage_enabled():
         return f"{SWITCH}=0"
     if "norm_qkv" not in enabled_ops():
