@@ -275,8 +275,8 @@ class Bench:
     def _decode_graphs(self) -> dict[int, Any]:
         """The captured decode graphs, {batch size: torch.cuda.CUDAGraph}.
 
-        vLLM 0.26 to 0.33 keep them in the model runner's cudagraph_manager (model runner V2, their default for
-        Qwen3); a graph in which every request has one token is a decode graph.
+        Model runner V2 (the default for Qwen3) keeps them in its cudagraph_manager, in vLLM 0.26 as in 0.33; a graph
+        in which every request has one token is a decode graph.
         """
         manager = getattr(self._runner(), "cudagraph_manager", None)
         if manager is None:
@@ -483,7 +483,7 @@ def measure_copy(size: int) -> float:
 
 
 KERNEL_KINDS = (  # the first pattern found in a kernel's name, in lower case, says its kind
-    ("Mirage kernel", r"^(add_)?rms_norm(_linear)?$|^linear$|mirage"),  # ours are extern "C" under the op's name
+    ("Mirage kernel", r"^rms_norm(_linear)?(_first)?$|^linear$|mirage"),  # extern "C", named as their files
     ("KV cache write", r"reshape_and_cache"),
     ("attention", r"flash|fmha|attention"),
     ("linear layer", r"nvjet|gemm|gemv|cutlass|splitk|cublas"),
