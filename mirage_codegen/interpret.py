@@ -46,9 +46,7 @@ _ELEMENTWISE: dict[str, Callable[..., Array]] = {
 }
 
 
-def interpret(
-    graph: MuGraph, arguments: Mapping[str, npt.ArrayLike], scalars: Mapping[str, float] | None = None
-) -> dict[str, Array]:
+def interpret(graph: MuGraph, arguments: Mapping[str, npt.ArrayLike], scalars: Mapping[str, float] | None = None) -> dict[str, Array]:
     """Run a μGraph in float64; returns its outputs by name.
 
     arguments: an array for each of graph.arguments, as it lies in memory: row-major tensors as they are, a weight
@@ -96,9 +94,7 @@ def _run_customized(
             written[op.tensor][place] = True
     for name, done in written.items():
         if not done.all():
-            raise GraphError(
-                f"{graph.name} leaves {done.size - done.sum()} of {done.size} elements of {name} unwritten."
-            )
+            raise GraphError(f"{graph.name} leaves {done.size - done.sum()} of {done.size} elements of {name} unwritten.")
     return outputs
 
 
@@ -168,9 +164,7 @@ class _Block:
         return self.scalars[argument]
 
 
-def _place(
-    op: BlockOperator, block: BlockGraph, index: tuple[int, ...], iteration: int, dims: tuple[int, ...]
-) -> tuple[slice, ...]:
+def _place(op: BlockOperator, block: BlockGraph, index: tuple[int, ...], iteration: int, dims: tuple[int, ...]) -> tuple[slice, ...]:
     """Where in a device tensor of those dims the tile lies: the grid cuts first, the for-loop cuts the block's part."""
     assert op.grid_map is not None and op.forloop_dim is not None
     start, length = [0] * len(dims), list(dims)

@@ -250,9 +250,7 @@ def _block_graph_of(call: Mapping[str, Any], info: Mapping[str, Any], names: Map
     )
 
 
-def _block_operator_of(
-    info: Mapping[str, Any], tile_names: Mapping[int, str], names: Mapping[int, str]
-) -> BlockOperator:
+def _block_operator_of(info: Mapping[str, Any], tile_names: Mapping[int, str], names: Mapping[int, str]) -> BlockOperator:
     grid_map = info.get("input_map", info.get("output_map"))
     outputs = [tile_names[t["guid"]] for t in info["output_tensors"]]
     return BlockOperator(
@@ -265,9 +263,7 @@ def _block_operator_of(
     )
 
 
-def _check_same_operators(
-    what: str, calls: Sequence[Mapping[str, Any]], structure: Sequence[Mapping[str, Any]]
-) -> None:
+def _check_same_operators(what: str, calls: Sequence[Mapping[str, Any]], structure: Sequence[Mapping[str, Any]]) -> None:
     recorded = [_kind_of_call(call) for call in calls]
     exported = [_kind(info["op_type"]) for info in structure]
     if recorded != exported:
@@ -330,9 +326,7 @@ class Mirage:
 
     def transpile(self, graph: Any, target_cc: int) -> dict[str, Any]:
         """Mirage's CUDA text for a kernel graph, with `max_smem_size` and `output_directives`."""
-        result = self.module.generate_cuda_program(
-            graph.cygraph, target_cc=target_cc, input_strides=self.input_strides(graph)
-        )
+        result = self.module.generate_cuda_program(graph.cygraph, target_cc=target_cc, input_strides=self.input_strides(graph))
         if result.get("error_type", 0) != 0 or not result["code"]:
             raise MirageError(f"The transpiler failed with error type {result.get('error_type')}")
         return result

@@ -306,32 +306,19 @@ class MuGraph:
         k, n = self.tensor(weight.tensor).dims
         k_tile, n_tile = block.tile(matmul.inputs[1]).dims
         num_tokens = block.tile(matmul.inputs[0]).dims[0]
-        return Schedule(
-            num_tokens, k, n, block.grid_dim, math.prod(block.block_dim), block.forloop_range, k_tile, n_tile
-        )
+        return Schedule(num_tokens, k, n, block.grid_dim, math.prod(block.block_dim), block.forloop_range, k_tile, n_tile)
 
-    def resized(
-        self, *, num_tokens: int, k: int, n: int, grid: tuple[int, int, int], threads: int, forloop_range: int
-    ) -> MuGraph:
+    def resized(self, *, num_tokens: int, k: int, n: int, grid: tuple[int, int, int], threads: int, forloop_range: int) -> MuGraph:
         """The graph of the same op for another shape and schedule; GraphError if its tiles do not divide.
 
-        Equal to what Mirage exports for those numbers (tested), but needs no Mirage. The graph must not have a token
-        capacity, k or n of 1: a dim of 1 could not be told from a broadcast one.
+        Equal to what Mirage exports for those numbers (tested), but needs no Mirage. A graph without matmul has no n.
+        The graph must not have a token capacity, k or n of 1: a dim of 1 could not be told from a broadcast one.
         """
-        old = self.schedule()
-        if 1 in (old.num_tokens, old.k, old.n):
-            raise GraphError(
-                f"{self.name} has a dim of 1 and cannot be resized, because that could be a broadcast dim."
-            )
         sizes = _DimClasses(self).sizes({"m": num_tokens, "k": k, "n": n})
         tensors = tuple(_resized_tensor(tensor, sizes) for tensor in self.tensors)
-        block = dataclasses.replace(
-            self.block_graph, grid_dim=grid, block_dim=(threads, 1, 1), forloop_range=forloop_range
-        )
+        block = dataclasses.replace(self.block_graph, grid_dim=grid, block_dim=(threads, 1, 1), forloop_range=forloop_range)
         block = block.with_inferred_tiles(tensors)
-        operators = tuple(
-            dataclasses.replace(op, block_graph=block) if op.kind == "customized" else op for op in self.operators
-        )
+        operators = tuple(dataclasses.replace(op, block_graph=block) if op.kind == "customized" else op for op in self.operators)
         return dataclasses.replace(self, tensors=tensors, operators=operators).validate()
 
     def with_dtype(self, dtype: str) -> MuGraph:
@@ -459,18 +446,19 @@ def _check_phases(op: BlockOperator, block: BlockGraph) -> None:
     sources = [block.phase(block.producer(tile)) for tile in op.inputs]
     after = [source in (ACCUMULATE, AFTER_LOOP) for source in sources]
     if op.kind == "output" and not all(after):
-        raise GraphError(
-            f"Output {op.tensor} is taken from {op.inputs[0]}, which no for-loop accumulator has completed."
-        )
+        raise GraphError(f"Output {op.tensor} is taken from {op.inputs[0]}, which no for-loop accumulator has completed.")
     if op.kind in ACCUMULATORS and any(after):
         raise GraphError(f"The accumulator {op.output} reads {op.inputs[0]}, which is complete only after the loop.")
+    if op.kind in (ACCUM_NO_RED, ACCUM_SUM) and sources == [ONCE] and block.forloop_range > 1:
+        raise GraphError(
+            f"The accumulator {op.output} adds {op.inputs[0]} {block.forloop_range} times, because the loop splits "
+            "nothing that it is made of."
+        )
     if any(after) and not all(after):
         raise GraphError(f"The {op.kind} operator {op.output} mixes values from inside and after the for-loop.")
 
 
-def _check_output(
-    op: BlockOperator, block: BlockGraph, stated: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]
-) -> None:
+def _check_output(op: BlockOperator, block: BlockGraph, stated: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]) -> None:
     assert op.tensor is not None and op.grid_map is not None  # _check_block_operator ensures it
     if op.forloop_dim != REPLICATE:
         raise GraphError(f"Output {op.tensor} is split by the for-loop, but it exists only after the loop.")
@@ -532,10 +520,7 @@ def _check_dim_index(op: BlockOperator, dim: int, num_dims: int) -> None:
 
 def _validate_annotations(graph: MuGraph) -> None:
     accumulators = {
-        op.output
-        for operator in graph.operators
-        if operator.block_graph is not None
-        for op in operator.block_graph.of_kind(ACCUM_RMS)
+        op.output for operator in graph.operators if operator.block_graph is not None for op in operator.block_graph.of_kind(ACCUM_RMS)
     }
     for item in graph.annotations.eps:
         if item.tile not in accumulators:
@@ -600,27 +585,40 @@ class _DimClasses:
 
     def __init__(self, graph: MuGraph) -> None:
         self._graph = graph
+        # One block and one iteration: there a tile has its tensor's dims, and only what is broadcast has a dim of 1.
+        whole = dataclasses.replace(graph.block_graph, grid_dim=(1, 1, 1), forloop_range=1)
+        self._block = whole.with_inferred_tiles(graph.tensors)
         self._parent: dict[tuple[str, str, int], tuple[str, str, int]] = {}
         for operator in graph.operators:
             if operator.kind in (*UNARY, *BINARY):
                 self._unify_elementwise("tensor", operator.outputs[0], operator.inputs)
-        for op in graph.block_graph.operators:
+        for op in self._block.operators:
             self._unify_block_operator(op)
 
     def sizes(self, wanted: Mapping[str, int]) -> dict[tuple[str, int], int]:
         """The new size of each (tensor, dim) that is a token (m), contraction (k) or output column (n) dim."""
-        matmul = self._graph.block_graph.of_kind("matmul")[0]
-        left, right = matmul.inputs
-        roots = {self._root(("tile", left, 0)): "m", self._root(("tile", left, 1)): "k"}
-        roots[self._root(("tile", right, 1))] = "n"
-        if len(roots) != 3:
-            raise GraphError(f"{self._graph.name} ties its token, k and n dims together and cannot be resized.")
+        named = self._named_dims()
+        if any(self._dims(level, name)[dim] == 1 for level, name, dim in named.values()):
+            raise GraphError(f"{self._graph.name} has a dim of 1 and cannot be resized, because that could be a broadcast dim.")
+        roots = {self._root(node): letter for letter, node in named.items()}
+        if len(roots) != len(named):
+            raise GraphError(f"{self._graph.name} ties its {', '.join(named)} dims together and cannot be resized.")
         return {
             (tensor.name, dim): wanted[roots[root]]
             for tensor in self._graph.tensors
             for dim in range(len(tensor.dims))
             if (root := self._root(("tensor", tensor.name, dim))) in roots
         }
+
+    def _named_dims(self) -> dict[str, tuple[str, str, int]]:
+        """A tensor dim for each of m, k and n: rows of the output, dims of the weight (without one: output columns)."""
+        out = self._graph.customized.outputs[0]
+        weights = self._block.weights()
+        if not weights:
+            return {"m": ("tensor", out, 0), "k": ("tensor", out, 1)}
+        weight = weights[0].tensor
+        assert weight is not None  # validate() ensures it
+        return {"m": ("tensor", out, 0), "k": ("tensor", weight, 0), "n": ("tensor", weight, 1)}
 
     def _root(self, node: tuple[str, str, int]) -> tuple[str, str, int]:
         while node in self._parent:
@@ -633,7 +631,7 @@ class _DimClasses:
             self._parent[a] = b
 
     def _dims(self, level: str, name: str) -> tuple[int, ...]:
-        return (self._graph.tensor(name) if level == "tensor" else self._graph.block_graph.tile(name)).dims
+        return (self._graph.tensor(name) if level == "tensor" else self._block.tile(name)).dims
 
     def _unify_elementwise(self, level: str, output: str, inputs: Iterable[str]) -> None:
         for name in inputs:

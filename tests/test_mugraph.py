@@ -212,9 +212,7 @@ REFUSALS = {
     "swapped operands of customized": (
         lambda g: dataclasses.replace(
             g,
-            operators=tuple(
-                dataclasses.replace(op, inputs=("W", "G", "S")) if op.block_graph else op for op in g.operators
-            ),
+            operators=tuple(dataclasses.replace(op, inputs=("W", "G", "S")) if op.block_graph else op for op in g.operators),
         ),
         "The customized operator's inputs are ['W', 'G', 'S'], its threadblock graph's ['S', 'G', 'W'].",
     ),
@@ -289,6 +287,8 @@ def test_stored_graphs_are_what_mirage_exports(mirage):
         ("rms_norm_gate_up_silu", Shape(16, 5120, 25600, grid=128, forloop_range=80)),
         ("linear_residual", Shape(5, 3072, 1024, grid=128, forloop_range=12)),
         ("linear_residual", Shape(16, 25600, 5120, grid=128, forloop_range=100)),
+        ("rms_norm", Shape(64, 5120, 5120, grid=64, forloop_range=1, threads=256)),
+        ("rms_norm_first", Shape(33, 1024, 1024, grid=11, forloop_range=1)),
         ("linear", Shape(3, 1024, 5120, grid=160, forloop_range=4)),
     ],
     ids=str,
