@@ -340,7 +340,7 @@ class _Gemm:
         yield f"  gemm.finish(shared, at, args.num_tokens, [&](int token, int n, float (&acc)[{len(self.matmuls)}][2]) {{"
         for i, op in enumerate(self.prologue.row_sums):
             yield from (f"    {line}" for line in self.prologue.rms_lines(op, f"row_sum<Plan>(shared, {i}, token)"))
-        late = [op for op in graph.epilogue() for op in op.inputs if graph.producer(op).kind == "input"]
+        late = [name for op in graph.epilogue() for name in op.inputs if graph.producer(name).kind == "input"]
         for tensor in late:
             yield f"    const uint32_t {tensor}_pair ="
             yield f"        load_global_pair(element(args.{tensor}, static_cast<uint64_t>(token) * Plan::N + n));"

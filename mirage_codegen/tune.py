@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import itertools
 import json
 import math
@@ -32,7 +33,7 @@ OP = "rms_norm_linear"
 EPS = 1e-6
 LIMITS = (8, 16, 32)
 WORTH = 1.02  # a kernel must beat the stock path by this much to enter the table
-PER_SCHEDULE = {"split": 16, "fused": 8}  # candidates measured for one shape and limit; the best lie within 2 % of each other
+PER_SCHEDULE = {"split": 24, "fused": 14}  # candidates measured for one shape and limit; the best lie within 2 % of each other
 MODELS = {  # hidden size, QKV columns (transformers' Qwen3Config)
     "0.6B": (1024, 4096),
     "1.7B": (2048, 4096),
@@ -48,7 +49,7 @@ def default_shapes() -> list[tuple[int, int]]:
     return sorted({(k, n // tensor_parallel) for k, n in MODELS.values() for tensor_parallel in (1, 2, 4, 8)})
 
 
-def graph_time_us(run: Callable[[int], object], copies: int, launches: int = 48, replays: int = 7) -> float:
+def graph_time_us(run: Callable[[int], object], copies: int, launches: int = 144, replays: int = 5) -> float:
     """Median time of run(i) in µs, from replays of a CUDA graph of at least `launches` runs over i = 0 … copies - 1 in turn."""
     count = copies * math.ceil(launches / copies)
     stream = torch.cuda.Stream()
@@ -105,15 +106,16 @@ class Shape:
 
     def best(self, candidates: list[plans.Plan], num_tokens: int, device: torch.device) -> tuple[float, plans.Plan] | None:
         """The fastest right candidate for that many tokens and its time in µs."""
-        allowed = 1.05 * self.error(self.stock(num_tokens, 0))
+        stock_error = self.error(self.stock(num_tokens, 0))
         timed = []
         for plan in candidates:
             kernel = prepare(OP, k=self.k, n=self.n, dtype=torch.bfloat16, device=device, plans=[plan], overlap=False)
             if isinstance(kernel, str):
                 continue  # it needs more registers or shared memory than this GPU has
-            if not self.error(self.run(kernel, num_tokens, 0)) <= allowed:
-                raise RuntimeError(f"the plan {plan} gives wrong results for {self.k}x{self.n}; please report it")
-            timed.append((graph_time_us(lambda i, kernel=kernel: self.run(kernel, num_tokens, i), self.copies), plan))
+            error = self.error(self.run(kernel, num_tokens, 0))
+            if not error <= 1.1 * stock_error:  # looser than the tests: few outputs make a noisy estimate
+                raise RuntimeError(f"{plan} errs {error:.2e} on {self.k}x{self.n}, stock {stock_error:.2e}; please report it")
+            timed.append((graph_time_us(functools.partial(self.run, kernel, num_tokens), self.copies), plan))
         return min(timed, key=lambda entry: entry[0], default=None)
 
 
@@ -134,7 +136,7 @@ def measure(k: int, n: int, device: torch.device, stock_norm: Callable) -> tuple
     lines = []
     for limit in LIMITS:
         candidates = _candidates(k, n, limit)
-        stock = graph_time_us(lambda i, m=limit: shape.stock(m, i), shape.copies)
+        stock = graph_time_us(functools.partial(shape.stock, limit), shape.copies)
         best = shape.best(candidates, limit, device)
         if best is None or stock / best[0] < WORTH:
             kernel = f"best kernel {best[0]:.2f} µs" if best else "no kernel fits"
@@ -168,7 +170,7 @@ def run(arguments: argparse.Namespace) -> int:
     device = torch.device("cuda", torch.cuda.current_device())
     major, minor = torch.cuda.get_device_capability(device)
     arch = f"sm_{major}{minor}"
-    shapes = [tuple(map(int, text.split("x"))) for text in arguments.shapes] if arguments.shapes else default_shapes()
+    shapes = [_shape(text) for text in arguments.shapes] if arguments.shapes else default_shapes()
     output = Path(arguments.output) if arguments.output else plans.user_table()
     table = plans.read_table(output)
     entries = table.setdefault(arch, {})
@@ -191,6 +193,14 @@ def run(arguments: argparse.Namespace) -> int:
     output.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
     print(f"wrote {output}")
     return 0
+
+
+def _shape(text: str) -> tuple[int, int]:
+    try:
+        k, n = map(int, text.split("x"))
+    except ValueError as error:
+        raise ValueError(f"the shape {text} is not of the form KxN, such as 4096x6144.") from error
+    return k, n
 
 
 def _compile_all(shapes: list[tuple[int, int]], arch: str) -> None:

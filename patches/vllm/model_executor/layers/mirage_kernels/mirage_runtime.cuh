@@ -137,12 +137,12 @@ MIRAGE_DEVICE int cluster_rank() {
 }
 MIRAGE_DEVICE void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
 #endif
 }
 MIRAGE_DEVICE void cluster_wait() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 #endif
 }
 MIRAGE_DEVICE void store_cluster(void *address, int rank, float v) {  // the same shared address in block `rank` of the cluster

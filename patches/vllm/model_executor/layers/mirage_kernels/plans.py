@@ -146,9 +146,12 @@ def _fitting(k: int, n: int, max_num_tokens: int, schedule: str, multiprocessors
                     shared = warps * tokens * (rows + 4) * 4 + tokens * warps * cluster * 4 + tokens * rows * 4
                     if stages < 1 or shared * blocks_per_sm > 220 * 1024 or shared > SHARED_BYTES:
                         continue
-                    for stage in sorted({stages, min(stages, 2)}):
-                        for prefetch in (0, 2) if schedule == "split" and steps - stage > 0 else (0,):
-                            yield Plan(max_num_tokens, schedule, grid, steps * cluster, cluster, warps, stage, prefetch, blocks_per_sm)
+                    # two steps side by side read whole 128-byte lines: 4.6 against 5.0 µs (K 1024, 8 tokens, H200)
+                    for units in (2, 1) if steps % 2 == 0 else (1,):
+                        for stage in sorted({stages, min(stages, 2), 1}):
+                            for prefetch in (0, 2) if schedule == "split" and steps > stage and units == 1 else (0,):
+                                iterations = steps // units * cluster
+                                yield Plan(max_num_tokens, schedule, grid, iterations, cluster, warps, stage, prefetch, blocks_per_sm)
 
 
 def distance(plan: Plan, k: int, n: int) -> float:
