@@ -37,6 +37,7 @@ def environment(site, **values):
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # or vLLM refuses two workers on two cores
         **values,
     }
 
