@@ -120,7 +120,8 @@ def candidates(k: int, n: int, max_num_tokens: int, schedule: str, multiprocesso
     busy = [plan for plan in found if plan.grid * plan.cluster >= 0.72 * multiprocessors * plan.blocks_per_sm]
     if not busy and found:  # a narrow shard: as many blocks as it gives
         most = max(plan.grid * plan.cluster for plan in found)
-        busy = [plan for plan in found if plan.grid * plan.cluster == most and plan.blocks_per_sm == 1]
+        fewest = min(plan.blocks_per_sm for plan in found if plan.grid * plan.cluster == most)
+        busy = [plan for plan in found if plan.grid * plan.cluster == most and plan.blocks_per_sm == fewest]
     yield from busy
 
 

@@ -1,0 +1,305 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The generated kernels without a GPU: their own source runs on the CPU, equals its μGraph, and compiles for every architecture."""
+
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "patches/vllm/model_executor/layers")]
+
+from mirage_kernels import compiler, plans  # noqa: E402
+
+from mirage_codegen import emulate, generate, lower, ops  # noqa: E402
+from mirage_codegen.interpret import interpret  # noqa: E402
+from mirage_codegen.mugraph import MuGraph  # noqa: E402
+
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+EPS = 1e-6
+needs_gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("emulated")
+
+
+def nvrtc():
+    try:
+        return compiler.nvrtc_version()
+    except compiler.CompileError as error:
+        return str(error)
+
+
+def plan(tokens=8, grid=2, forloop=4, cluster=1, warps=4, stages=2, prefetch=0, schedule="split"):
+    return plans.Plan(tokens, schedule, grid, forloop, cluster, warps, stages, prefetch, 1)
+
+
+def graph_for(op: str, k: int, n: int, chosen: plans.Plan) -> MuGraph:
+    tokens = plans.round_up(chosen.max_num_tokens, plans.COLUMNS)
+    return ops.load_for(op, ops.Shape(tokens, k, n, chosen.grid, chosen.forloop_range, chosen.warps * 32))
+
+
+def draw(graph: MuGraph, num_tokens: int, seed: int = 0):
+    """Random arguments in bf16, activations with num_tokens rows, by the graph's names."""
+    random = np.random.default_rng(seed)
+    arguments = {}
+    for name in graph.arguments:
+        tensors = graph.inputs_in(name)
+        rows, columns = tensors[0].dims
+        if tensors[0].strides[0] == 1 and rows > 1:  # a weight, [N, K] in memory
+            arguments[name] = random.standard_normal((columns * len(tensors), rows)) * 0.05
+        elif rows == 1:
+            arguments[name] = 1 + 0.25 * random.standard_normal((1, columns))
+        else:
+            arguments[name] = random.standard_normal((num_tokens, columns)) * np.exp(random.standard_normal((num_tokens, 1)))
+    return {name: emulate.to_bf16(value) for name, value in arguments.items()}
+
+
+def expected(graph: MuGraph, arguments, num_tokens: int):
+    """The graph's outputs in float64; rows beyond num_tokens are zero in the graph's input and left out of its output."""
+    capacity = graph.outputs[0].dims[0]
+
+    def full(name):
+        values = emulate.from_bf16(arguments[name])
+        if graph.inputs_in(name)[0].dims[0] == capacity and values.shape[0] == num_tokens:
+            values = np.concatenate([values, np.zeros((capacity - num_tokens, values.shape[1]))])
+        return values
+
+    outputs = interpret(graph, {name: full(name) for name in graph.arguments}, {"eps": EPS})
+    return {name: value[:num_tokens] for name, value in outputs.items()}
+
+
+def run(kernel, graph, arguments, num_tokens, *, delayed, seed):
+    """The kernel's outputs; fails if it writes beyond its rows."""
+    outputs = {tensor.name: emulate.poisoned((num_tokens + 3, tensor.dims[1])) for tensor in graph.outputs}
+    kernel({**arguments, **outputs, "num_tokens": num_tokens, "eps": EPS}, delayed=delayed, seed=seed)
+    for name, bits in outputs.items():
+        assert (bits[num_tokens:] == 0x7FFF).all(), f"{name} was written beyond row {num_tokens}"
+    return {name: emulate.from_bf16(bits[:num_tokens]) for name, bits in outputs.items()}
+
+
+def worst_error(outputs, reference):
+    errors = [np.linalg.norm(outputs[name] - reference[name]) / np.linalg.norm(reference[name]) for name in reference]
+    return float(np.max(errors))  # NaN wins
+
+
+BF16 = 4e-3  # one rounding of the operand and one of the output, each at most 2^-9 and uniform: 2.4e-3 in the norm
+
+
+@needs_gxx
+@pytest.mark.parametrize("delayed", [False, True])
+@pytest.mark.parametrize(
+    "op, k, n, num_tokens, chosen",
+    [
+        ("rms_norm_linear", 512, 64, 1, plan()),
+        ("rms_norm_linear", 512, 64, 8, plan(forloop=2)),  # two steps side by side
+        ("rms_norm_linear", 512, 96, 13, plan(tokens=16, grid=3, cluster=2)),
+        ("rms_norm_linear", 1024, 64, 23, plan(tokens=24, grid=1, forloop=8, cluster=4, stages=1)),
+        ("rms_norm_linear_first", 512, 64, 5, plan(stages=4)),
+        ("linear", 512, 64, 3, plan(schedule="split", prefetch=2)),
+        ("linear", 1024, 96, 32, plan(tokens=32, grid=2, forloop=8, cluster=2, stages=3)),
+        ("linear_residual", 512, 64, 7, plan(cluster=2)),
+        ("rms_norm_gate_up_silu", 512, 64, 11, plan(tokens=16, cluster=2)),
+    ],
+    ids=lambda value: value if isinstance(value, (str, int)) else f"{value.grid}x{value.cluster}",
+)
+def test_kernel_equals_its_graph(folder, op, k, n, num_tokens, chosen, delayed):
+    graph = graph_for(op, k, n, chosen)
+    kernel = emulate.EmulatedKernel(lower.lower(graph), chosen.defines(k, n), folder)
+    arguments = draw(graph, num_tokens)
+    reference = expected(graph, arguments, num_tokens)
+    results = [run(kernel, graph, arguments, num_tokens, delayed=delayed, seed=seed) for seed in (1, 2)]
+    assert worst_error(results[0], reference) < BF16
+    for name in reference:  # the order in which warps run must not show
+        assert (results[0][name] == results[1][name]).all()
+
+
+@needs_gxx
+@pytest.mark.parametrize("op", ["rms_norm", "rms_norm_first"])
+@pytest.mark.parametrize("k", [256, 768])  # 768: a row that is no multiple of the threads' vectors
+def test_row_kernel_equals_its_graph(folder, op, k):
+    graph = ops.load_for(op, ops.Shape(8, k, k, 8, 1))
+    macros = {"MIRAGE_K": k, "MIRAGE_THREADS": 64}
+    kernel = emulate.EmulatedKernel(lower.lower(graph), macros, folder)
+    arguments = draw(graph, 5)
+    outputs = run(kernel, graph, arguments, 5, delayed=True, seed=1)
+    assert worst_error(outputs, expected(graph, arguments, 5)) < BF16
+
+
+@needs_gxx
+def test_nan_stays_in_its_row(folder):
+    chosen = plan(tokens=16)
+    graph = graph_for("rms_norm_linear", 512, 64, chosen)
+    kernel = emulate.EmulatedKernel(lower.lower(graph), chosen.defines(512, 64), folder)
+    arguments = draw(graph, 9)
+    arguments["X"][4, 17] = 0x7FFF
+    outputs = run(kernel, graph, arguments, 9, delayed=True, seed=1)
+    rows = np.isnan(outputs["O"]).any(axis=1)
+    assert np.isnan(outputs["O"][4]).all() and rows.sum() == 1
+    assert np.isnan(outputs["S"]).sum() == 1
+
+
+@needs_gxx
+@pytest.mark.parametrize("dtype", ["fp16"])
+def test_float16_runs_through_the_split_schedule(folder, dtype):
+    k, n, chosen = 512, 64, plan()
+    norm_graph, graph = ops.load_for("rms_norm", ops.Shape(8, k, k, 8, 1)), graph_for("linear", k, n, chosen)
+    norm = emulate.EmulatedKernel(lower.lower(norm_graph), {"MIRAGE_K": k, "MIRAGE_THREADS": 64, "MIRAGE_FP16": 1}, folder)
+    gemm = emulate.EmulatedKernel(lower.lower(graph), {**chosen.defines(k, n), "MIRAGE_FP16": 1}, folder)
+    random = np.random.default_rng(3)
+    x, r = (emulate.to_fp16(1e3 * random.standard_normal((3, k))) for _ in range(2))  # products of these leave fp16's range
+    g, w = emulate.to_fp16(1 + 0.2 * random.standard_normal((1, k))), emulate.to_fp16(0.05 * random.standard_normal((n, k)))
+    normed, stream, out = emulate.poisoned((3, k)), emulate.poisoned((3, k)), emulate.poisoned((3, n))
+    norm({"X": x, "R": r, "G": g, "O": normed, "S": stream, "num_tokens": 3, "eps": EPS}, delayed=True, seed=1)
+    gemm({"X": normed, "W": w, "O": out, "num_tokens": 3}, delayed=True, seed=1)
+    total = emulate.from_fp16(x) + emulate.from_fp16(r)
+    reference = total / np.sqrt((total**2).mean(1, keepdims=True) + EPS) * emulate.from_fp16(g) @ emulate.from_fp16(w).T
+    assert np.linalg.norm(emulate.from_fp16(out) - reference) / np.linalg.norm(reference) < 6e-4
+
+
+def _without(text: str, statement: str, occurrence: int) -> str:
+    at = [match.start() for match in re.finditer(re.escape(statement), text)][occurrence]
+    return text[:at] + text[at + len(statement) :]
+
+
+@needs_gxx
+@pytest.mark.parametrize(
+    "statement, cluster",
+    [("block_barrier();\n    constexpr int PAIRS", 1), ("cluster_barrier<S>();\n    }\n    for", 2)],
+    ids=["partial sums of the warps", "partial sums of the cluster"],
+)
+def test_a_barrier_removed_from_the_gemm_is_caught(folder, statement, cluster):
+    chosen = plan(cluster=cluster)
+    graph = graph_for("rms_norm_linear", 512, 64, chosen)
+    runtime = emulate.RUNTIME.read_text()
+    barrier = statement.split("\n")[0]
+    assert runtime.count(statement) == 1
+    broken = runtime.replace(statement, statement[len(barrier) :])
+    kernel = emulate.EmulatedKernel(lower.lower(graph), chosen.defines(512, 64), folder, runtime=broken)
+    arguments = draw(graph, 8)
+    reference = expected(graph, arguments, 8)
+    errors = [worst_error(run(kernel, graph, arguments, 8, delayed=True, seed=seed), reference) for seed in range(3)]
+    assert not max(errors) < BF16
+
+
+@needs_gxx
+def test_a_barrier_removed_from_the_row_kernel_is_caught(folder):
+    graph = ops.load_for("rms_norm", ops.Shape(8, 256, 256, 8, 1))
+    broken = _without(emulate.RUNTIME.read_text(), "  block_barrier();\n  sum = 0.0f;", 0)
+    kernel = emulate.EmulatedKernel(lower.lower(graph), {"MIRAGE_K": 256, "MIRAGE_THREADS": 64}, folder, runtime=broken)
+    arguments = draw(graph, 4)
+    assert not worst_error(run(kernel, graph, arguments, 4, delayed=True, seed=1), expected(graph, arguments, 4)) < BF16
+
+
+def test_shipped_sources_are_what_the_graphs_give():
+    assert generate.stale_files() == []
+
+
+def test_the_body_depends_on_the_operators_alone():
+    chosen = plan(tokens=24, grid=4, forloop=8)
+    for op in generate.SHIPPED[:2]:
+        assert lower.lower(graph_for(op, 1024, 256, chosen)).source == lower.lower(ops.load(op)).source
+
+
+def table_plans():
+    for arch, ops_of_arch in plans.read_table(plans.TABLE).items():
+        for shape, entries in ops_of_arch["rms_norm_linear"].items():
+            k, n = map(int, shape.split("x"))
+            yield from ((arch, k, n, plans.Plan(**entry)) for entry in entries)
+
+
+def test_every_plan_is_a_tiling_of_its_graph():
+    count = 0
+    for _, k, n, chosen in table_plans():
+        graph = graph_for("linear" if chosen.schedule == "split" else "rms_norm_linear", k, n, chosen)
+        macros = chosen.defines(k, n)
+        assert {name: macros[name] for name in lower.defines(graph)} == lower.defines(graph)
+        count += 1
+    assert count > 60
+
+
+def test_plan_limits_rise_and_shapes_of_qwen3_are_there():
+    table = plans.read_table(plans.TABLE)["sm_90"]["rms_norm_linear"]
+    for shape in ("1024x4096", "2048x4096", "2560x6144", "4096x6144", "5120x7168", "5120x10240", "1024x512", "4096x768"):
+        limits = [entry["max_num_tokens"] for entry in table[shape]]
+        assert limits == sorted(set(limits)) and limits[-1] >= 16
+
+
+def test_heuristic_gives_plans_for_shapes_that_nobody_measured():
+    for k, n in ((3072, 5120), (1536, 2304), (8192, 10240), (896, 1152)):
+        for limit in (8, 16):
+            chosen = plans.heuristic(k, n, limit)
+            assert chosen is not None and chosen.max_num_tokens == limit
+            graph_for("linear", k, n, chosen)  # GraphError if it does not tile
+
+
+def test_an_architecture_without_measurements_has_no_plan(monkeypatch, tmp_path):
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    assert plans.plans_for("rms_norm_linear", 1024, 4096, "sm_80") == (
+        "no plan is measured for sm_80; ./install.sh --tune measures them on this GPU"
+    )
+
+
+def test_a_damaged_plan_table_is_one_sentence(monkeypatch, tmp_path):
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    plans.user_table().parent.mkdir(parents=True)
+    plans.user_table().write_text("{")
+    with pytest.raises(ValueError, match=r"cannot be read .*; delete it"):
+        plans.plans_for("rms_norm_linear", 1024, 4096, "sm_90")
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_every_source_compiles_for(arch):
+    if not re.fullmatch(r"\d+\.\d+", nvrtc()):
+        pytest.fail(f"{nvrtc()}; the tests compile every kernel: pip install -r tests/requirements.txt")
+    cluster = 1 if arch in ("sm_80", "sm_86", "sm_89") else 2
+    chosen = plan(grid=128, forloop=8, cluster=cluster, warps=8)
+    for name in generate.SHIPPED:
+        macros = plans.row_defines(4096) if name.startswith("rms_norm") and "linear" not in name else chosen.defines(4096, 6144)
+        for element in ({}, {"MIRAGE_FP16": 1}):
+            assert compiler.compile_cubin(compiler.Build(f"{name}.cu", tuple(sorted({**macros, **element}.items())), arch))
+
+
+def test_the_cache_compiles_once_and_trusts_no_damaged_entry(tmp_path, monkeypatch):
+    compiled = []
+
+    def fake(build):
+        compiled.append(build)
+        return b"cubin of " + build.source.encode()
+
+    monkeypatch.setattr(compiler, "compile_cubin", fake)
+    monkeypatch.setattr(compiler, "nvrtc_version", lambda: "13.0")
+    cache = compiler.CubinCache(tmp_path / "cache")
+    builds = [compiler.Build("linear.cu", (("MIRAGE_K", 1024),), "sm_90"), compiler.Build("rms_norm.cu", (), "sm_90")]
+    said = []
+    first = cache.get(builds, said.append)
+    assert first == cache.get(builds, said.append) and said == [2] and len(compiled) == 2
+    entries = sorted((tmp_path / "cache").glob("*.cubin"))
+    whole = entries[0].read_bytes()
+    for damage in (whole[:-1], whole[:20], b"", whole[:-1] + bytes([whole[-1] ^ 1]), b"x" + whole):
+        entries[0].write_bytes(damage)
+        assert cache.get(builds) == first
+        assert entries[0].read_bytes() == whole
+    entries[0].chmod(0o666)  # another user could have written it
+    count = len(compiled)
+    assert cache.get(builds) == first and len(compiled) == count + 1
+    target = tmp_path / "elsewhere"
+    target.write_bytes(whole)
+    entries[0].unlink()
+    entries[0].symlink_to(target)
+    assert cache.get(builds) == first and len(compiled) == count + 2 and not entries[0].is_symlink()
+
+
+def test_the_cache_key_holds_everything_that_decides_a_cubin():
+    base = compiler.Build("linear.cu", (("MIRAGE_K", 1024),), "sm_90")
+    others = [
+        compiler.Build("rms_norm.cu", base.defines, base.arch),
+        compiler.Build(base.source, (("MIRAGE_K", 2048),), base.arch),
+        compiler.Build(base.source, base.defines, "sm_80"),
+    ]
+    assert len({build.key("13.0") for build in (base, *others)} | {base.key("12.8")}) == 5
