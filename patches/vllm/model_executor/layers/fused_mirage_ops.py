@@ -406,8 +406,9 @@ def fuse_norm_qkv(layer: Any, forward: Any, num_layers: int) -> FusedRMSNormQKV 
     Raises RuntimeError with VLLM_USE_MIRAGE=strict when the layer may not be fused or has no kernel.
     """
     name = layer.self_attn.qkv_proj.prefix.removesuffix(".self_attn.qkv_proj")
-    if name in _plans:  # a new model in this process: the former one's plans are history
+    if name in _plans:  # a new model in this process: the former one's plans and calls are history
         _plans.clear()
+        _calls.update(dict.fromkeys(_calls, 0))
     plan = _plan_norm_qkv(name, layer, forward)
     _plans[name] = plan
     if mirage_switch() == "strict" and plan.kernel is None and plan.op in enabled_ops():
@@ -449,7 +450,7 @@ def mirage_report() -> dict[str, Any]:
     """What runs in this process, ready for JSON.
 
     layers: one entry for each decoder layer of the model built last on this rank.  calls: how often each body of
-    an op ran in Python since the process started (a replayed CUDA graph counts once, when it is captured).
+    an op ran in Python since that model was begun (a replayed CUDA graph counts once, when it is captured).
     """
     return {
         "switch": mirage_switch(),
