@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Command line of the kernel generator: python -m mirage_codegen {graphs,generate,tune}."""
+"""Command line of the kernel generator: python -m mirage_codegen {graphs,generate,tune,own}."""
 
 from __future__ import annotations
 
@@ -42,6 +42,13 @@ def tune(arguments: argparse.Namespace) -> int:
     return tuner.run(arguments)
 
 
+def own(arguments: argparse.Namespace) -> int:
+    """Compiles the CUDA that Mirage itself emits for rms_norm_linear, or measures on the GPU what was compiled."""
+    from mirage_codegen import own_kernel
+
+    return own_kernel.run(arguments)
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(prog="python -m mirage_codegen", description="Fused ops as Mirage μGraphs, lowered to CUDA.")
@@ -56,6 +63,14 @@ def parser() -> argparse.ArgumentParser:
     output = "the plan table to update (default: this user's, which wins over the shipped one)"
     command.add_argument("--output", metavar="FILE", help=output)
     command.set_defaults(function=tune)
+    command = commands.add_parser("own", help=own.__doc__)
+    job = command.add_mutually_exclusive_group(required=True)
+    job.add_argument("--output", metavar="DIR", help="build libraries and index.json here (needs Mirage and nvcc, no GPU)")
+    job.add_argument("--check", metavar="DIR", help="measure the libraries in here (needs a GPU, no Mirage)")
+    command.add_argument("--shapes", nargs="+", metavar="KxN", help="such as 4096x6144 (default: Qwen3 0.6B, 1.7B, 4B and 8B)")
+    command.add_argument("--tokens", nargs="+", type=int, metavar="M", help="a graph for each token count (default: 1 8 16)")
+    command.add_argument("--json", metavar="FILE", help="with --check: also write what was measured here")
+    command.set_defaults(function=own)
     return top
 
 

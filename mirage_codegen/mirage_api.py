@@ -53,12 +53,14 @@ class Export:
 
     source: the CUDA text of Mirage's own transpiler (for comparison; our kernels are lowered from `graph`)
     smem_bytes: the shared memory a block of that text needs
+    buffer_bytes: the device memory that it wants for tensors between its kernels
     """
 
     graph: MuGraph
     mirage_version: str
     source: str
     smem_bytes: int
+    buffer_bytes: int
 
 
 class ThreadblockGraph:
@@ -151,7 +153,7 @@ class KernelGraph:
         """Build, check and transpile the graph with Mirage. MirageError when Mirage is missing or refuses it."""
         answer = _run_worker(self.name, {"calls": self.calls, "target_cc": TARGET_CC})
         graph = _graph_of(self, answer).validate()
-        return Export(graph, answer["version"], answer["source"], answer["smem_bytes"])
+        return Export(graph, answer["version"], answer["source"], answer["smem_bytes"], answer["buffer_bytes"])
 
 
 # The parent's side: run the subprocess, turn Mirage's structure into a MuGraph
@@ -363,6 +365,7 @@ class _Replay:
             "structure": structure,
             "source": program["code"],
             "smem_bytes": program["max_smem_size"],
+            "buffer_bytes": program["buf_size"],
         }
 
     def _output_strides(self, program: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
