@@ -33,6 +33,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -279,15 +280,24 @@ class OwnKernel:
 
 def load(folder: Path | str) -> dict[Key, OwnKernel]:
     """The kernels of a folder that build() wrote, by (K, N, tokens). OwnKernelError when they cannot run here."""
+    _require_gpu()
+    return {key: _load_one(Path(folder), entry) for key, entry in _entries(read_index(folder)).items()}
+
+
+def _require_gpu() -> None:
     import torch
 
     if not torch.cuda.is_available():
         raise OwnKernelError("Mirage's own kernels need a GPU, and PyTorch finds none.")
+
+
+def _load_one(folder: Path, entry: dict[str, Any]) -> OwnKernel:
     _load_cuda_runtime()
-    kernels = {}
-    for entry in read_index(folder)["kernels"]:
-        kernels[entry["k"], entry["n"], entry["tokens"]] = OwnKernel(Path(folder).resolve() / entry["library"], entry)
-    return kernels
+    return OwnKernel(folder.resolve() / entry["library"], entry)
+
+
+def _entries(index: dict[str, Any]) -> dict[Key, dict[str, Any]]:
+    return {(entry["k"], entry["n"], entry["tokens"]): entry for entry in index["kernels"]}
 
 
 def read_index(folder: Path | str) -> dict[str, Any]:
@@ -298,6 +308,7 @@ def read_index(folder: Path | str) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
+@functools.cache
 def _load_cuda_runtime() -> None:
     """Makes PyTorch's CUDA runtime the one that the libraries find."""
     import torch
@@ -316,8 +327,11 @@ def _load_cuda_runtime() -> None:
 # Checking: each kernel in a subprocess, because an illegal access ends the CUDA context and may end the process
 
 
-def check(folder: Path, keys: Sequence[Key], seconds_each: int = 60) -> list[dict[str, Any]]:
-    """Measures kernels on the GPU, one entry each: what _measure gives, or {"failed": sentence}."""
+def check(folder: Path, keys: Sequence[Key], patience: float = 120) -> list[dict[str, Any]]:
+    """Measures kernels on the GPU, one entry each: what _measure gives, or {"failed": sentence}.
+
+    patience: seconds without a result after which a kernel counts as hung (the first result waits for PyTorch's import and compiler)
+    """
     results: dict[Key, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as text_folder:
         report = Path(text_folder) / "report.jsonl"
@@ -327,12 +341,7 @@ def check(folder: Path, keys: Sequence[Key], seconds_each: int = 60) -> list[dic
             root = str(Path(__file__).resolve().parents[1])
             path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
             process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path})
-            try:
-                ending = f"the process ended with status {process.wait(60 + seconds_each * len(left))}"
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-                ending = "it did not end"
+            ending = _wait(process, report, patience)
             for line in report.read_text().splitlines():
                 entry = json.loads(line)
                 results[entry["k"], entry["n"], entry["tokens"]] = entry
@@ -343,20 +352,35 @@ def check(folder: Path, keys: Sequence[Key], seconds_each: int = 60) -> list[dic
     return [results[key] for key in keys]
 
 
+def _wait(process: subprocess.Popen[bytes], report: Path, patience: float) -> str:
+    """Waits for the end of a process that adds lines to `report`, or ends it; says how it ended."""
+    size, since = 0, time.monotonic()
+    while process.poll() is None:
+        time.sleep(0.1)
+        if report.stat().st_size != size:
+            size, since = report.stat().st_size, time.monotonic()
+        elif time.monotonic() - since > patience:
+            process.kill()
+            process.wait()
+            return f"the kernel hung: no result in {patience:.0f} s"
+    return f"the process ended with status {process.returncode}"
+
+
 def _worker(folder: str, report: str, keys: str) -> int:
     """The subprocess: measures one kernel after the other; ends after the first failure, which the CUDA context may not survive."""
     import torch
 
     torch._dynamo.config.cache_size_limit = 64  # one graph for each K and token count
-    kernels = load(folder)
+    entries = _entries(read_index(folder))
     for k, n, tokens in json.loads(keys):
         entry = {"k": k, "n": n, "tokens": tokens}
         try:
-            entry |= _measure(kernels[k, n, tokens])
+            entry |= _measure(_load_one(Path(folder), entries[k, n, tokens]))
         except (OwnKernelError, RuntimeError) as error:
             entry["failed"] = str(error).splitlines()[0]
         with open(report, "a") as stream:
             stream.write(json.dumps(entry) + "\n")
+        print(json.dumps(entry), file=sys.stderr, flush=True)  # kept where the whole check is cut short
         if "failed" in entry:
             os._exit(0)  # an orderly end would touch the CUDA context
     return 0
@@ -474,8 +498,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"wrote {path}")
         return 0
     index = read_index(arguments.check)
-    keys = [(entry["k"], entry["n"], entry["tokens"]) for entry in index["kernels"]]
-    keys = [key for key in keys if (not shapes or key[:2] in shapes) and (not arguments.tokens or key[2] in arguments.tokens)]
+    _require_gpu()
+    keys = [key for key in _entries(index) if (not shapes or key[:2] in shapes) and (not arguments.tokens or key[2] in arguments.tokens)]
     results = check(Path(arguments.check), keys) + index["not_compiled"]
     print(f"Mirage {index['mirage']}'s own kernels, compiled for {index['arch']} by nvcc {index['nvcc']}\n{table(results)}")
     if arguments.json:

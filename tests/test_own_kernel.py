@@ -162,24 +162,27 @@ def test_text_of_another_dtype_is_refused():
         own_kernel._dtype("bfloat16_t *x; half_t *y;")
 
 
-def test_a_crash_stops_no_other_kernel(monkeypatch, tmp_path):
-    """The worker is replaced by one that dies in the second of three kernels and reports the others."""
+def test_a_crash_or_a_hang_stops_no_other_kernel(monkeypatch, tmp_path):
+    """The worker is replaced by one that dies in the second of four kernels, hangs in the third and reports the others."""
     worker = tmp_path / "worker"
-    worker.write_text(f"#!{sys.executable}\n{CRASHING}")
+    worker.write_text(f"#!{sys.executable}\n{TROUBLED}")
     worker.chmod(0o755)
     monkeypatch.setattr(own_kernel.sys, "executable", str(worker))
-    keys = [(256, 1024, tokens) for tokens in (1, 8, 16)]
-    results = own_kernel.check(tmp_path, keys)
-    assert [entry["tokens"] for entry in results] == [1, 8, 16]
-    assert [entry.get("failed") for entry in results] == [None, "the process ended with status -6", None]
+    keys = [(256, 1024, tokens) for tokens in (1, 8, 16, 32)]
+    results = own_kernel.check(tmp_path, keys, patience=2)
+    assert [entry["tokens"] for entry in results] == [1, 8, 16, 32]
+    endings = [None, "the process ended with status -6", "the kernel hung: no result in 2 s", None]
+    assert [entry.get("failed") for entry in results] == endings
 
 
-CRASHING = """
-import json, os, sys
+TROUBLED = """
+import json, os, sys, time
 report, keys = sys.argv[-2:]
 for k, n, tokens in json.loads(keys):
     if tokens == 8:
         os.abort()
+    if tokens == 16:
+        time.sleep(600)
     with open(report, "a") as stream:
         stream.write(json.dumps({"k": k, "n": n, "tokens": tokens}) + "\\n")
 """
@@ -203,6 +206,14 @@ def test_shapes_that_do_not_divide_are_refused(shape):
     k, n = own_kernel._shape(shape)
     with pytest.raises(OwnKernelError, match="K must be a multiple of 256, N of 128"):
         own_kernel._export(k, n, 8)
+
+
+def test_a_check_without_a_gpu_says_so(monkeypatch, tmp_path, capsys):
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (tmp_path / own_kernel.INDEX).write_text('{"kernels": []}')
+    assert command_line.main(["own", "--check", str(tmp_path)]) == 2
+    assert "need a GPU, and PyTorch finds none" in capsys.readouterr().err
 
 
 def test_a_folder_without_an_index_names_the_command(tmp_path, capsys):
