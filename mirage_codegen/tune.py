@@ -114,7 +114,8 @@ class Shape:
                 continue  # it needs more registers or shared memory than this GPU has
             error = self.error(self.run(kernel, num_tokens, 0))
             if not error <= 1.1 * stock_error:  # looser than the tests: few outputs make a noisy estimate
-                raise RuntimeError(f"{plan} errs {error:.2e} on {self.k}x{self.n}, stock {stock_error:.2e}; please report it")
+                print(f"left out, please report it: {plan} errs {error:.2e} on {self.k}x{self.n}, stock {stock_error:.2e}")
+                continue
             timed.append((graph_time_us(functools.partial(self.run, kernel, num_tokens), self.copies), plan))
         return min(timed, key=lambda entry: entry[0], default=None)
 
