@@ -651,8 +651,9 @@ def engine_spec(args: argparse.Namespace, gpus: int) -> dict[str, Any]:
         "seed": 0,
     }
     if gpus:
-        llm["gpu_memory_utilization"] = args.gpu_memory_utilization
-    else:
+        # a tiny model asks for little of a GPU that others may be using
+        llm["gpu_memory_utilization"] = min(args.gpu_memory_utilization, 0.1) if name in TINY_SIZES else args.gpu_memory_utilization
+    if name in TINY_SIZES or not gpus:
         llm["kv_cache_memory_bytes"] = 256 << 20 if name in TINY_SIZES else 1 << 30
     return {"llm": llm, "prompts": read_prompts(args.prompts), "max_tokens": args.max_tokens}
 
