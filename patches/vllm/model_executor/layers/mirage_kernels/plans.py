@@ -6,6 +6,7 @@
 """
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -156,18 +157,17 @@ def _fitting(k: int, n: int, max_num_tokens: int, schedule: str, multiprocessors
 
 
 def distance(plan: Plan, k: int, n: int) -> float:
-    """How far a plan is from what won where it was measured: about 64 KB of weights in flight on a multiprocessor, every
-    multiprocessor busy, no cluster up to 8 tokens and two blocks beyond, 8 warps a block."""
+    """How far a plan is from what won on an H200: every multiprocessor busy and some 48 KB of weights in flight on each; fused with 16
+    warps a block; split with several blocks a multiprocessor, and in clusters of 2 from 9 tokens and K 2560 on."""
     row_tiles = n // plan.grid // ROW_TILE
     in_flight = plan.blocks_per_sm * plan.warps * plan.stages * row_tiles * ROW_TILE * STEP * 2
-    busy = plan.grid * plan.cluster / (132 * plan.blocks_per_sm)
-    return (
-        abs(in_flight / 65536 - 1)
-        + 4 * (1 - min(busy, 1.0))
-        + 2 * (plan.cluster > (1 if plan.max_num_tokens <= 8 or k < 2048 else 2))
-        + 0.3 * (plan.warps != 8)
-        + 0.1 * (plan.prefetch == 0)
-    )
+    idle = 1 - min(1.0, plan.grid * plan.cluster / (132 * plan.blocks_per_sm))
+    if plan.schedule == "fused":
+        cluster, shape = 1, 0.5 * (plan.warps != 16) + 0.2 * (plan.blocks_per_sm - 1)
+    else:
+        cluster = 2 if plan.max_num_tokens > COLUMNS and k >= 2560 else 1
+        shape = 0.2 * (plan.blocks_per_sm == 1) + 0.1 * (plan.warps == 16)
+    return 4 * idle + 0.5 * abs(math.log2(plan.cluster / cluster)) + 0.2 * abs(math.log2(in_flight / 49152)) + shape
 
 
 def heuristic(k: int, n: int, max_num_tokens: int) -> Plan | None:
