@@ -403,8 +403,7 @@ tune_kernels() {
   nvidia_gpu || die "--tune needs an NVIDIA GPU and nvidia-smi lists none; the plans that ship with the overlay stay in use."
   would "$PYTHON" -m mirage_codegen tune && return
   step "Tuning the kernels for this GPU"
-  (cd -- "$HERE" && with_vllm "$PYTHON" -m mirage_codegen tune)
-  apply_overlay
+  (cd -- "$HERE" && with_vllm "$PYTHON" -m mirage_codegen tune) # into the user's cache folder, where the kernels look first
 }
 
 run_demo() {

@@ -13,14 +13,17 @@ TEXT
 }
 
 main() {
-  local here python=${1:-python3} tool failed=0
+  local here python=${1:-python3} tool failed=0 api
   case ${1:-} in -h | --help) usage && exit 0 ;; esac
   here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
   command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is not on the PATH; it comes with the CUDA toolkit." >&2 && exit 2; }
   export PYTORCH_NO_CUDA_MEMORY_CACHING=1 # each tensor its own allocation: an access beside it is an error
   for tool in memcheck racecheck synccheck initcheck; do
     printf '%-10s ' "$tool"
-    compute-sanitizer --tool "$tool" --kernel-regex kns=rms_norm --kernel-regex kns=linear --error-exitcode 1 "$python" "$here/sanitize.py" >"/tmp/sanitize.$$" 2>&1 || failed=1
+    api=()
+    # cuda-bindings asks the driver for functions that it may lack; memcheck would count each answer as an error of ours
+    [[ $tool == memcheck ]] && api=(--report-api-errors no)
+    compute-sanitizer --tool "$tool" ${api[@]+"${api[@]}"} --kernel-regex kns=rms_norm --kernel-regex kns=linear --error-exitcode 1 "$python" "$here/sanitize.py" >"/tmp/sanitize.$$" 2>&1 || failed=1
     grep -E 'SUMMARY|calls' "/tmp/sanitize.$$" | tr '\n' ' '
     echo
     grep -E '^========= [A-Z]' "/tmp/sanitize.$$" | grep -v -E 'SUMMARY|COMPUTE-SANITIZER' | head -4

@@ -199,7 +199,7 @@ def test_two_streams_at_once(generator):
     alone = [kernel(x, r, g, w, EPS)[0] for x, r in inputs]
     torch.cuda.synchronize()
     streams = [torch.cuda.Stream() for _ in inputs]
-    outs = [[], []]
+    outs: list[list[torch.Tensor]] = [[], []]
     for _ in range(200):
         for stream, (x, r), out in zip(streams, inputs, outs, strict=True):
             with torch.cuda.stream(stream):

@@ -276,7 +276,7 @@ def test_the_cache_compiles_once_and_trusts_no_damaged_entry(tmp_path, monkeypat
     monkeypatch.setattr(compiler, "nvrtc_version", lambda: "13.0")
     cache = compiler.CubinCache(tmp_path / "cache")
     builds = [compiler.Build("linear.cu", (("MIRAGE_K", 1024),), "sm_90"), compiler.Build("rms_norm.cu", (), "sm_90")]
-    said = []
+    said: list[int] = []
     first = cache.get(builds, said.append)
     assert first == cache.get(builds, said.append) and said == [2] and len(compiled) == 2
     entries = sorted((tmp_path / "cache").glob("*.cubin"))

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 def source_hash() -> str:
-    """Hash of everything shipped that decides what the kernels compute; part of vLLM's compile-cache key."""
+    """Hash of everything shipped that decides what the kernels compute: names the build in a report."""
     files = sorted([*HERE.glob("*.cu"), *HERE.glob("*.py"), HERE / RUNTIME, HERE / "plans.json"])
     return hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()[:16]
 
@@ -148,8 +148,9 @@ def prepare(
         if isinstance(found, str):
             return found
         if dtype == torch.float16:  # an unscaled product leaves fp16's range: the norm must come first
-            found = [plan if plan.schedule == "split" else heuristic(k, n, plan.max_num_tokens) for plan in found]
-            if None in found:
+            split = [plan if plan.schedule == "split" else heuristic(k, n, plan.max_num_tokens) for plan in found]
+            found = [plan for plan in split if plan is not None]
+            if len(found) < len(split):
                 return f"no plan for float16 divides K {k} and N {n}"
         return RmsNormLinear(k, n, dtype, device, found, overlap)
     except (CompileError, ImportError, OSError, ValueError, RuntimeError) as error:

@@ -114,7 +114,7 @@ class CubinCache:
                         for i, cubin in zip(missing, pool.map(lambda i: compile_cubin(builds[i]), missing), strict=True):
                             _write(paths[i], cubin)
                             found[i] = cubin
-        return found
+        return [cubin for cubin in found if cubin is not None]
 
 
 def _read(path: Path) -> bytes | None:
