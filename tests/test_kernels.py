@@ -8,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "patches/vllm/model_executor/layers")]
 
+import mirage_kernels  # noqa: E402
 from mirage_kernels import compiler, plans  # noqa: E402
 
 from mirage_codegen import emulate, generate, lower, ops  # noqa: E402
@@ -263,6 +265,31 @@ def test_every_source_compiles_for(arch):
         macros = plans.row_defines(4096) if name.startswith("rms_norm") and "linear" not in name else chosen.defines(4096, 6144)
         for element in ({}, {"MIRAGE_FP16": 1}):
             assert compiler.compile_cubin(compiler.Build(f"{name}.cu", tuple(sorted({**macros, **element}.items())), arch))
+
+
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("split", [True, False])
+def test_a_call_passes_its_tensors_in_the_order_of_the_kernels_arguments(residual, split, monkeypatch):
+    calls = []
+
+    def recorder(name):
+        return lambda *values: calls.append(dict(zip(mirage_kernels.ARGUMENTS[name], values, strict=True)))
+
+    first = "" if residual else "_first"
+    names = [f"rms_norm{first}", "linear"] if split else [f"rms_norm_linear{first}"]
+    kernel = object.__new__(mirage_kernels.RmsNormLinear)
+    kernel.n, kernel._limits = 6, [8]
+    kernel._kernels = [[[recorder(name) for name in names]] * 2]
+    x, r, g, w = torch.ones(3, 4), torch.ones(3, 4), torch.ones(4), torch.ones(6, 4)
+    out, residual_out = kernel(x, r if residual else None, g, w, EPS)
+    assert out.shape == (3, 6) and (residual_out is not None) == residual
+    assert calls[0]["X"] == x.data_ptr() and calls[0]["G"] == g.data_ptr() and calls[0]["eps"] == EPS
+    assert calls[-1]["W"] == w.data_ptr() and calls[-1]["O"] == out.data_ptr()
+    assert all(call["num_tokens"] == 3 for call in calls)
+    if residual:
+        assert calls[0]["R"] == r.data_ptr() and calls[0]["S"] == residual_out.data_ptr()
+    if split:
+        assert calls[1]["X"] == calls[0]["O"] != out.data_ptr()
 
 
 def test_the_cache_compiles_once_and_trusts_no_damaged_entry(tmp_path, monkeypatch):

@@ -87,10 +87,6 @@ class RmsNormLinear:
         logger.debug("Mirage: %d kernels ready in %.1f s", len(loaded), time.perf_counter() - started)
         return [[[loaded[i] for i in variant] for variant in variants] for variants in steps]
 
-    def plan(self, num_tokens: int) -> Plan:
-        """The plan that serves that many tokens."""
-        return self.plans[bisect_left(self._limits, num_tokens)]
-
     def __call__(
         self,
         hidden_states: torch.Tensor,
@@ -100,23 +96,18 @@ class RmsNormLinear:
         eps: float,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         num_tokens = hidden_states.shape[0]
-        out = hidden_states.new_empty((num_tokens, self.n))
-        x, g, w, o = hidden_states.data_ptr(), norm_weight.data_ptr(), weight.data_ptr(), out.data_ptr()
         kernels = self._kernels[bisect_left(self._limits, num_tokens)][residual is None]
-        target, scratch = o, None
-        if len(kernels) == 2:
-            scratch = torch.empty_like(hidden_states)
-            target = scratch.data_ptr()
-        if residual is None:
-            residual_out = None
-            tail: tuple = (x, g) if scratch is not None else (x, g, w)
-            kernels[0](target, *tail, num_tokens, eps)
+        out = hidden_states.new_empty((num_tokens, self.n))
+        residual_out = None if residual is None else torch.empty_like(residual)
+        # addresses in the order of kernels.json: outputs, inputs, scalars
+        written = () if residual_out is None else (residual_out.data_ptr(),)
+        read = (hidden_states.data_ptr(), *(() if residual is None else (residual.data_ptr(),)), norm_weight.data_ptr())
+        if len(kernels) == 1:
+            kernels[0](out.data_ptr(), *written, *read, weight.data_ptr(), num_tokens, eps)
         else:
-            residual_out = torch.empty_like(residual)
-            tail = (x, residual.data_ptr(), g) if scratch is not None else (x, residual.data_ptr(), g, w)
-            kernels[0](target, residual_out.data_ptr(), *tail, num_tokens, eps)
-        if scratch is not None:
-            kernels[1](o, target, w, num_tokens)
+            normed = torch.empty_like(hidden_states)
+            kernels[0](normed.data_ptr(), *written, *read, num_tokens, eps)
+            kernels[1](out.data_ptr(), normed.data_ptr(), weight.data_ptr(), num_tokens)
         return out, residual_out
 
 
