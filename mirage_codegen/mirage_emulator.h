@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Runs a generated kernel on the CPU, one cluster of blocks at a time, from the same source that NVRTC compiles for a GPU.
 //
-// Every GPU thread is a fiber; a warp runs until all its lanes wait, and the next warp is chosen at random, so that warps drift
-// apart as far as the barriers let them. Shared memory starts as NaN. Stores to shared memory either land at once or are held
-// back until the storing thread reaches a barrier, asynchronous copies until it waits for them (`delayed`): a missing barrier or wait
-// then shows as NaN or as a wrong sum.
+// Every GPU thread is a fiber; a warp runs until all its lanes wait, and the next warp is chosen at random but for one that always
+// comes last, so that warps drift apart as far as the barriers let them. Shared memory starts as NaN. Stores to shared memory either land at once or are held
+// back until the storing thread reaches a barrier (`delayed`): a missing barrier then shows as NaN or as a wrong sum.
 // Modelled: block and cluster barriers, distributed shared memory, mma m16n8k16, shuffles. Not modelled: time, caches, launch order.
 #pragma once
 #include <assert.h>
@@ -47,7 +46,7 @@ struct Fiber {
   std::vector<char> stack;
   State state;
   int thread, block, arrivals;
-  std::vector<Store> pending, copies;
+  std::vector<Store> pending;
 };
 struct WarpExchange {
   uint32_t a[32][4], b[32][2];
@@ -80,7 +79,6 @@ static void land_stores() {
 static void trampoline() {
   kernel_body();
   land_stores();
-  if (!self->copies.empty()) abort();  // a kernel must not end with copies under way
   self->state = kDone;
   swapcontext(&self->context, &scheduler);
 }
@@ -155,19 +153,21 @@ static int run_cluster(int block, int blocks, int threads, void (*body)()) {  //
     Fiber &f = fibers[i];
     f.stack.resize(64 * 1024);
     f.state = kReady, f.thread = static_cast<int>(i) % threads, f.block = static_cast<int>(i) / threads, f.arrivals = 0;
-    f.pending.clear(), f.copies.clear();
+    f.pending.clear();
     getcontext(&f.context);
     f.context.uc_stack.ss_sp = f.stack.data(), f.context.uc_stack.ss_size = f.stack.size(), f.context.uc_link = nullptr;
     makecontext(&f.context, trampoline, 0);
   }
-  const size_t warps = fibers.size() / 32;
+  const size_t warps = fibers.size() / 32, late = random_source() % warps;
   for (;;) {
     bool progress = false, done = true;
     const size_t start = random_source() % warps;
-    for (size_t i = 0; i < warps && !progress; ++i) progress = run_warp((start + i) % warps * 32);
+    for (size_t i = 0; i < warps && !progress; ++i)
+      if ((start + i) % warps != late) progress = run_warp((start + i) % warps * 32);
+    if (!progress) progress = open_barriers(blocks) || run_warp(late * 32);
     for (Fiber &f : fibers) done = done && f.state == kDone;
     if (done) return 0;
-    if (!progress && !open_barriers(blocks)) return 1;
+    if (!progress) return 1;
   }
 }
 }  // namespace emulator
@@ -271,17 +271,6 @@ static inline int cluster_rank() { return emulator::self->block; }
 static inline void store_cluster(void *address, int rank, float v) {
   unsigned char *remote = emulator::shared_of(rank) + (static_cast<unsigned char *>(address) - emulator::shared_memory());
   emulator::store(remote, &v, sizeof v);
-}
-static inline void copy_to_shared(void *shared, void const *address) {  // delayed: lands only when its thread waits for it
-  assert(reinterpret_cast<uintptr_t>(address) % 16 == 0 && reinterpret_cast<uintptr_t>(shared) % 16 == 0);
-  emulator::Store copy{static_cast<unsigned char *>(shared), {}, 16};
-  memcpy(copy.bytes, address, 16);
-  if (emulator::delayed) emulator::self->copies.push_back(copy);
-  else memcpy(shared, copy.bytes, 16);
-}
-static inline void wait_for_copies() {
-  for (emulator::Store &copy : emulator::self->copies) memcpy(copy.address, copy.bytes, 16);
-  emulator::self->copies.clear();
 }
 static inline void prefetch_l2(void const *, uint32_t) {}
 static inline void wait_for_previous_kernel() {}
