@@ -190,7 +190,7 @@ def run(arguments: argparse.Namespace) -> int:
         print("\n".join(lines), flush=True)
         entries.setdefault(OP, {})[f"{k}x{n}"] = plans.to_table(found)
     entries["measured"] = f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, {datetime.date.today()}"
-    output.parent.mkdir(parents=True, exist_ok=True)
+    output.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     output.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
     print(f"wrote {output}")
     return 0
