@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,6 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from mirage_codegen.generate import KERNELS_DIR
+from mirage_codegen.lower import Kernel
+
+sys.path.insert(0, str(KERNELS_DIR.parent))
+from mirage_kernels.arguments import blocks_of, struct_of
 from mirage_codegen.lower import Kernel
 
 HERE = Path(__file__).parent
@@ -61,9 +66,7 @@ class EmulatedKernel:
                 first = next(iter(done.stderr.splitlines()), f"exit code {done.returncode}")
                 raise EmulationError(f"g++ refused {kernel.name}: {first}")
         self._library = ctypes.CDLL(str(library))
-        types = {"num_tokens": ctypes.c_int, "eps": ctypes.c_float}
-        fields = [(name, types.get(name, ctypes.c_void_p)) for name in kernel.arguments]
-        self._struct = type("Arguments", (ctypes.Structure,), {"_fields_": fields})
+        self._struct = struct_of(kernel.arguments)
 
     def __call__(self, values: Mapping[str, npt.NDArray[np.uint16] | int | float], *, delayed: bool, seed: int) -> None:
         """Runs every block. Arrays hold bf16 or fp16 bits, contiguous; outputs are written in place."""
@@ -71,7 +74,7 @@ class EmulatedKernel:
             assert not isinstance(value, np.ndarray) or (value.flags.c_contiguous and value.ctypes.data % 16 == 0)
         ordered = [values[name] for name in self.kernel.arguments]
         given = [value.ctypes.data if isinstance(value, np.ndarray) else value for value in ordered]
-        blocks = self._library.blocks() or int(values["num_tokens"])
+        blocks = blocks_of(self._library.blocks(), int(values["num_tokens"]))
         status = self._library.emulate(ctypes.byref(self._struct(*given)), blocks, int(delayed), seed)
         if status:
             raise EmulationError(f"{self.kernel.name} {'deadlocks' if status == 1 else 'needs more shared memory than a block has'}.")

@@ -390,7 +390,7 @@ class _Row:
         p = self.prologue
         yield "using Plan = mirage::RowSchedule<MIRAGE_K, MIRAGE_THREADS>;"
         yield ""
-        yield from _launch_shape("0 /* a block for each token */", "1")
+        yield from _launch_shape("-1 /* a block for each token */", "1")
         yield ""
         yield f'extern "C" __global__ void __launch_bounds__(Plan::THREADS) {self.graph.name}(Arguments args) {{'
         yield "  using namespace mirage;"

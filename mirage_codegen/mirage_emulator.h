@@ -249,15 +249,16 @@ static inline void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uin
   }
   emulator::switch_to_scheduler(emulator::kAtWarp);
 }
-static inline float shuffle_xor(float v, int mask) {
+static inline float exp2_fast(float x) { return exp2f(x); }
+static inline float shuffle(float v, int from) {
   emulator::WarpExchange &warp = emulator::my_warp();
-  const int lane = emulator::self->thread % 32;
-  warp.value[lane] = v;
+  warp.value[emulator::self->thread % 32] = v;
   emulator::switch_to_scheduler(emulator::kAtWarp);
-  const float other = warp.value[lane ^ mask];
+  const float other = warp.value[from];
   emulator::switch_to_scheduler(emulator::kAtWarp);
   return other;
 }
+static inline float shuffle_xor(float v, int mask) { return shuffle(v, emulator::self->thread % 32 ^ mask); }
 static inline void block_barrier() {
   emulator::land_stores();
   emulator::switch_to_scheduler(emulator::kAtBlock);

@@ -35,6 +35,7 @@ COLUMNS = (1, REPLICATE, REPLICATE)
 """Tile map: grid x splits the columns (dim 1)."""
 ROWS = (0, REPLICATE, REPLICATE)
 """Tile map: grid x splits the rows (dim 0), a block for each token."""
+GATE_UP = (View("W_gate", "W_gate_up"), View("W_up", "W_gate_up"))
 
 
 @dataclass(frozen=True)
@@ -108,23 +109,32 @@ def rms_norm_gate_up_silu(shape: Shape) -> KernelGraph:
     rows of the same columns, two tiles that lie I rows apart; a tile map cuts one tensor into equal consecutive parts
     and cannot say that. So they are two inputs of the graph, annotated as the two halves of W_gate_up.
     """
-    views = (View("W_gate", "W_gate_up"), View("W_up", "W_gate_up"))
-    graph = KernelGraph("rms_norm_gate_up_silu", Annotations(eps=(RuntimeEps("rms", "eps"),), views=views))
+    graph = KernelGraph("rms_norm_gate_up_silu", Annotations(eps=(RuntimeEps("rms", "eps"),), views=GATE_UP))
     stream = _residual_stream(graph, shape)
     gamma = _activations(graph, "G", 1, shape.k, shape)
-    weights = [_weight(graph, name, shape) for name in ("W_gate", "W_up")]
+    weights = _gate_up_weights(graph, shape)
     block = shape.block()
     normed, rms_input = _scaled_by_gamma(block, stream, gamma)
-    accumulated = []
-    for part, weight in zip(("gate", "up"), weights, strict=True):
-        w = block.new_input(f"w_{part}", weight, COLUMNS, forloop_dim=0)
-        accumulated.append(block.forloop_accum(f"acc_{part}", block.matmul(f"product_{part}", normed, w)))
+    accumulated = _gate_up(block, normed, weights)
     rms = block.forloop_accum("rms", rms_input, "rms")
     gate, up = (block.div(part, acc, rms) for part, acc in zip(("gate", "up"), accumulated, strict=True))
     block.new_output("O", block.mul("out", block.silu("gate_silu", gate), up), COLUMNS)
     graph.customized([stream, gamma, *weights], block)
     graph.mark_output("O", row_major((shape.num_tokens, shape.n)))
     graph.mark_output(stream, row_major((shape.num_tokens, shape.k)))
+    return graph
+
+
+def gate_up_silu(shape: Shape) -> KernelGraph:
+    """O = silu(X @ W_gate)·(X @ W_up): rms_norm_gate_up_silu behind a norm kernel of its own."""
+    graph = KernelGraph("gate_up_silu", Annotations(views=GATE_UP))
+    x = _activations(graph, "X", shape.num_tokens, shape.k, shape)
+    weights = _gate_up_weights(graph, shape)
+    block = shape.block()
+    gate, up = _gate_up(block, block.new_input("x", x, REPLICATED, forloop_dim=1), weights)
+    block.new_output("O", block.mul("out", block.silu("gate_silu", gate), up), COLUMNS)
+    graph.customized([x, *weights], block)
+    graph.mark_output("O", row_major((shape.num_tokens, shape.n)))
     return graph
 
 
@@ -141,6 +151,19 @@ def linear_residual(shape: Shape, *, residual: bool = True) -> KernelGraph:
         graph.add("O", "P", _activations(graph, "R", shape.num_tokens, shape.n, shape))
     graph.mark_output("O", row_major((shape.num_tokens, shape.n)))
     return graph
+
+
+def _gate_up_weights(graph: KernelGraph, shape: Shape) -> list[str]:
+    return [_weight(graph, view.tensor, shape) for view in GATE_UP]
+
+
+def _gate_up(block: ThreadblockGraph, operand: str, weights: list[str]) -> list[str]:
+    """The accumulated products of the operand with the gate and the up weights."""
+    accumulated = []
+    for part, weight in zip(("gate", "up"), weights, strict=True):
+        w = block.new_input(f"w_{part}", weight, COLUMNS, forloop_dim=0)
+        accumulated.append(block.forloop_accum(f"acc_{part}", block.matmul(f"product_{part}", operand, w)))
+    return accumulated
 
 
 def _residual_stream(graph: KernelGraph, shape: Shape) -> str:
@@ -173,6 +196,7 @@ OPS: dict[str, Builder] = {
     "rms_norm": rms_norm,
     "rms_norm_first": lambda shape: rms_norm(shape, residual=False),
     "rms_norm_gate_up_silu": rms_norm_gate_up_silu,
+    "gate_up_silu": gate_up_silu,
     "linear_residual": linear_residual,
     "linear": lambda shape: linear_residual(shape, residual=False),
 }
@@ -184,6 +208,7 @@ CANONICAL: dict[str, Shape] = {
     "rms_norm": Shape(16, 4096, 4096, grid=16, forloop_range=1),
     "rms_norm_first": Shape(16, 4096, 4096, grid=16, forloop_range=1),
     "rms_norm_gate_up_silu": Shape(16, 4096, 12288, grid=128, forloop_range=32),
+    "gate_up_silu": Shape(16, 4096, 12288, grid=128, forloop_range=32),
     "linear_residual": Shape(16, 4096, 4096, grid=128, forloop_range=16),
     "linear": Shape(16, 2048, 4096, grid=128, forloop_range=16),
 }

@@ -6,6 +6,8 @@ import ctypes
 import torch
 from cuda.bindings import driver
 
+from .arguments import blocks_of, struct_of
+
 
 class LaunchError(RuntimeError):
     """The CUDA driver refused to load or launch a kernel."""
@@ -20,16 +22,13 @@ def _checked(result, *values):
 class LoadedKernel:
     """One entry of one cubin on one device.
 
-    `arguments` names the fields of the kernel's single struct parameter in order: "num_tokens" is an int, "eps" a float, everything
-    else the address of a tensor. `overlap` launches with programmatic stream serialization (sm_90 and up): the kernel may start
+    `arguments` names the fields of the kernel's single struct parameter in order (see arguments.py). `overlap` launches with programmatic stream serialization (sm_90 and up): the kernel may start
     while its predecessor on the stream is still running, and waits for it by itself before it reads activations.
     """
 
     def __init__(self, cubin: bytes, entry: str, arguments: list[str], device: torch.device, overlap: bool = True):
         self.device_index = device.index
-        types = {"num_tokens": ctypes.c_int, "eps": ctypes.c_float}
-        fields = [(name, types.get(name, ctypes.c_void_p)) for name in arguments]
-        self._struct = type("Arguments", (ctypes.Structure,), {"_fields_": fields})
+        self._struct = struct_of(arguments)
         self._pointers = ctypes.c_void_p * 1
         self._overlap = overlap
         self._tokens = arguments.index("num_tokens")
@@ -48,7 +47,7 @@ class LoadedKernel:
     def __call__(self, *values) -> None:
         """Launches with `values` in the order of `arguments` (addresses as int). Does not synchronise."""
         stream = torch._C._cuda_getCurrentRawStream(self.device_index)
-        key = stream, self.launch_shape[0] or values[self._tokens]  # a kernel of no fixed grid takes one block for each token
+        key = stream, blocks_of(self.launch_shape[0], values[self._tokens])
         config = self._configs.get(key) or self._configs.setdefault(key, self._make_config(*key))
         struct = self._struct(*values)
         pointers = self._pointers(ctypes.addressof(struct))

@@ -23,6 +23,7 @@
 typedef unsigned short uint16_t;
 typedef unsigned int uint32_t;
 typedef unsigned long long uint64_t;
+#define INFINITY __int_as_float(0x7f800000)
 #else
 #include <stdint.h>
 #endif
@@ -122,6 +123,12 @@ MIRAGE_DEVICE void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uin
                : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
+MIRAGE_DEVICE float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+MIRAGE_DEVICE float shuffle(float v, int lane) { return __shfl_sync(0xffffffffu, v, lane); }
 MIRAGE_DEVICE float shuffle_xor(float v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
 MIRAGE_DEVICE void block_barrier() { __syncthreads(); }
 

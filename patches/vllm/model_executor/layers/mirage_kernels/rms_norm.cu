@@ -24,7 +24,7 @@ struct Arguments {
 using Plan = mirage::RowSchedule<MIRAGE_K, MIRAGE_THREADS>;
 
 extern "C" __device__ const int mirage_launch_shape[4] = {
-    0 /* a block for each token */, Plan::THREADS, 1, Plan::SHARED_BYTES};
+    -1 /* a block for each token */, Plan::THREADS, 1, Plan::SHARED_BYTES};
 
 extern "C" __global__ void __launch_bounds__(Plan::THREADS) rms_norm(Arguments args) {
   using namespace mirage;

@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The parameter of a kernel: one struct, whose fields kernels.json names in order."""
+
+import ctypes
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+ARGUMENTS: dict[str, list[str]] = json.loads((Path(__file__).parent / "kernels.json").read_text())
+SCALARS = {
+    "num_tokens": ctypes.c_int,
+    "table_stride": ctypes.c_int,
+    "page_stride": ctypes.c_longlong,
+    "token_stride": ctypes.c_longlong,
+    "head_stride": ctypes.c_longlong,
+    "eps": ctypes.c_float,
+    "scale": ctypes.c_float,
+}
+"""Every field that is not here is the address of a tensor."""
+
+
+def struct_of(names: Sequence[str]) -> type[ctypes.Structure]:
+    """The struct with those fields, laid out as CUDA C++ lays it out."""
+    return type("Arguments", (ctypes.Structure,), {"_fields_": [(name, SCALARS.get(name, ctypes.c_void_p)) for name in names]})
+
+
+def blocks_of(launch_shape_blocks: int, num_tokens: int) -> int:
+    """Blocks of a launch: what the cubin says, or, where that is negative, so many for each token."""
+    return launch_shape_blocks if launch_shape_blocks > 0 else -launch_shape_blocks * num_tokens

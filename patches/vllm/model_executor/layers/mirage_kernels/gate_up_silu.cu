@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: Apache-2.0
+// Generated from the μGraph gate_up_silu by `python -m mirage_codegen generate`; not to be edited.
+//   O = for each block and iteration:
+//     x = input(X)
+//     w_gate = input(W_gate)
+//     product_gate = matmul(x, w_gate)
+//     acc_gate = forloop_accum_no_red(product_gate)
+//     w_up = input(W_up)
+//     product_up = matmul(x, w_up)
+//     acc_up = forloop_accum_no_red(product_up)
+//     gate_silu = silu(acc_gate)
+//     out = mul(gate_silu, acc_up)
+//     O = output(out)
+#include "mirage_runtime.cuh"
+
+struct Arguments {
+  void *O;
+  void const *X;
+  void const *W_gate_up;
+  int num_tokens;
+};
+
+using Plan = mirage::Schedule<MIRAGE_K, MIRAGE_N, MIRAGE_TOKENS, MIRAGE_GRID, MIRAGE_FORLOOP, MIRAGE_CLUSTER, MIRAGE_WARPS,
+                              MIRAGE_STAGES, MIRAGE_EARLY, MIRAGE_PREFETCH, 2, 1, 0, 0>;
+
+extern "C" __device__ const int mirage_launch_shape[4] = {
+    Plan::GRID * Plan::CLUSTER, Plan::THREADS, Plan::CLUSTER, Plan::SHARED_BYTES};
+
+extern "C" __global__ void __launch_bounds__(Plan::THREADS, MIRAGE_OCCUPANCY) gate_up_silu(Arguments args) {
+  using namespace mirage;
+  MIRAGE_SHARED(shared);
+  const Position<Plan> at;
+  if (Plan::CLUSTER > 1) cluster_arrive();
+  SkinnyGemm<Plan> gemm(args.W_gate_up, at);
+  gemm.start_early(args.W_gate_up, at);
+  release_next_kernel();
+  wait_for_previous_kernel();
+  auto load_step = [&](int step, Fragments<Plan> &f) {
+    MIRAGE_UNROLL
+    for (int c = 0; c < Plan::TOKEN_TILES; ++c) {
+      f.input[0][c] = load_input<Plan>(at, args.X, args.num_tokens, c, step);
+    }
+  };
+  gemm.run(load_step, [&](int, int c, Fragments<Plan> const &f) { return f.input[0][c]; });
+  if (Plan::CLUSTER > 1) cluster_wait();  // the other blocks have started: their shared memory may be written
+  gemm.finish(shared, at, args.num_tokens, [&](int token, int n, float (&acc)[2][2]) {
+    float result[2];
+    MIRAGE_UNROLL
+    for (int j = 0; j < 2; ++j) {
+      const float gate_silu = silu(acc[0][j]);
+      const float out = gate_silu * acc[1][j];
+      result[j] = out;
+    }
+    store_global(element(args.O, static_cast<uint64_t>(token) * Plan::N + n), to_pair(result[0], result[1]));
+  });
+}
