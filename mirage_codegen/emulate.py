@@ -18,7 +18,6 @@ from mirage_codegen.lower import Kernel
 
 sys.path.insert(0, str(KERNELS_DIR.parent))
 from mirage_kernels.arguments import blocks_of, struct_of
-from mirage_codegen.lower import Kernel
 
 HERE = Path(__file__).parent
 RUNTIME = KERNELS_DIR / "mirage_runtime.cuh"

@@ -11,8 +11,10 @@ from mirage_codegen.lower import lower
 
 KERNELS_DIR = Path(__file__).parent.parent / "patches/vllm/model_executor/layers/mirage_kernels"
 HANDWRITTEN = {
-    "decode_attention": "O QKV G_q G_k cos_sin positions cache slots block_table seq_lens page_stride token_stride head_stride "
-    "table_stride num_tokens eps scale".split()
+    "decode_attention": [
+        *("O", "QKV", "G_q", "G_k", "cos_sin", "positions", "cache", "slots", "block_table", "seq_lens"),
+        *("page_stride", "token_stride", "head_stride", "page_size", "table_stride", "num_tokens", "eps", "scale"),
+    ]
 }
 """Kernels that no μGraph describes (their sources say why), with the fields of their struct."""
 SHIPPED = ("rms_norm_linear", "rms_norm_linear_first", "rms_norm_gate_up_silu", "gate_up_silu", "rms_norm", "rms_norm_first", "linear")

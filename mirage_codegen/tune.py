@@ -1,226 +1,278 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures plans on this machine's GPU and writes the plan table.
+"""Measures plans on this machine's GPU, in the decode step where they will run (layer.py), and writes the plan table.
 
-For each shape and token limit every candidate plan is checked against float64 and timed; the fastest is kept where it beats the stock
-path (Inductor's add + RMSNorm kernel and cuBLAS) of the same run. Times are CUDA-graph replays over copies of the weight that together
-are several times the L2, without programmatic overlap between repetitions: what one layer costs in a step, not what a loop over it costs.
+For each model and token limit the ops of a layer are tuned in turn, the others held: every candidate plan is checked against float64 and
+the whole step is timed with it; the fastest stays. An op whose best kernel does not make the step faster takes the stock path from that
+limit on, so a kernel is in the table only where it was faster than stock in place.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
-import functools
-import itertools
 import json
-import math
 import os
-import statistics
-import sys
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "patches/vllm/model_executor/layers"))
-from mirage_kernels import RmsNormLinear, plans, prepare
-from mirage_kernels.compiler import Build, CompileError, CubinCache
+from mirage_codegen.layer import EPS, GEMMS, HEAD_DIM, MODELS, OPS, LayerShape, Step
 
-OP = "rms_norm_linear"
-EPS = 1e-6
-LIMITS = (8, 16, 32)
-WORTH = 1.02  # a kernel must beat the stock path by this much to enter the table
-PER_SCHEDULE = {"split": 28, "fused": 12}  # candidates measured for one shape and limit; the best lie within 2 % of each other
-MODELS = {  # hidden size, QKV columns (transformers' Qwen3Config)
-    "0.6B": (1024, 4096),
-    "1.7B": (2048, 4096),
-    "4B": (2560, 6144),
-    "8B": (4096, 6144),
-    "14B": (5120, 7168),
-    "32B": (5120, 10240),
-}
+from mirage_kernels import plans, prepare, prepare_attention  # isort: skip  (layer.py puts it on the path)
+from mirage_kernels.compiler import Build, CompileError, CubinCache  # isort: skip
+
+LIMITS = (1, 8, 16, 32)
+ATTENTION_LIMITS = (1, 2, 4, 8, 16, 32, 64)
+CONTEXT = 256  # tokens of each request while plans are chosen
+LONG_CONTEXT = 8192  # where attention must not lose either
+WORTH = 1.01  # a kernel must make the step this much faster to enter the table
+AGAIN = 6  # candidates of an op that are measured again once the other ops have changed
 
 
-def default_shapes() -> list[tuple[int, int]]:
-    """(K, N) of Qwen3 0.6B to 32B and their tensor-parallel shards over 2, 4 and 8 GPUs."""
-    return sorted({(k, n // tensor_parallel) for k, n in MODELS.values() for tensor_parallel in (1, 2, 4, 8)})
+def default_shapes() -> dict[str, LayerShape]:
+    """Qwen3 0.6B to 32B and their tensor-parallel shards over 2, 4 and 8 GPUs, by name such as 8B or 8B/2."""
+    named = {f"{name}/{ranks}": shape.sharded(ranks) for name, shape in MODELS.items() for ranks in (2, 4, 8)}
+    return {**MODELS, **named}
 
 
-def graph_time_us(run: Callable[[int], object], copies: int, launches: int = 144, replays: int = 5) -> float:
-    """Median time of run(i) in µs, from replays of a CUDA graph of at least `launches` runs over i = 0 … copies - 1 in turn."""
-    count = copies * math.ceil(launches / copies)
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for i in range(3):
-            run(i % copies)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            for i in range(count):
-                run(i % copies)
-        graph.replay()
-        times = []
-        for _ in range(replays):
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) * 1e3 / count)
-    return statistics.median(times)
-
-
-class Shape:
-    """Inputs, float64 answers and the stock path of one (K, N), in bf16."""
-
-    def __init__(self, k: int, n: int, device: torch.device, stock_norm: Callable):
-        self.k, self.n, self.stock_norm = k, n, stock_norm
-        generator = torch.Generator(device).manual_seed(0)
-        self.copies = max(2, math.ceil(3 * torch.cuda.get_device_properties(device).L2_cache_size / (2 * k * n)))
-
-        def draw(*size: int) -> torch.Tensor:
-            return torch.randn(size, generator=generator, device=device)
-
-        self.weights = [(draw(n, k) * 0.02).bfloat16() for _ in range(self.copies)]
-        self.norm_weight = (1 + 0.2 * draw(k)).bfloat16()
-        limit = max(LIMITS)
-        self.hidden_states = (draw(limit, k) * torch.exp(draw(limit, 1))).bfloat16()
-        self.residual = draw(limit, k).bfloat16()
-        stream = self.hidden_states.double() + self.residual.double()
-        normed = stream * torch.rsqrt(stream.pow(2).mean(-1, keepdim=True) + EPS) * self.norm_weight.double()
-        self.expected = normed @ self.weights[0].double().t()
-
-    def stock(self, num_tokens: int, i: int) -> torch.Tensor:
-        normed, _ = self.stock_norm(self.hidden_states[:num_tokens], self.residual[:num_tokens], self.norm_weight)
-        return F.linear(normed, self.weights[i])
-
-    def error(self, out: torch.Tensor) -> float:
-        """‖out − expected‖ / ‖expected‖ in float64; NaN where out has NaN."""
-        expected = self.expected[: out.shape[0]]
-        return ((out.double() - expected).norm() / expected.norm()).item()
-
-    def run(self, kernel: RmsNormLinear, num_tokens: int, i: int) -> torch.Tensor:
-        return kernel(self.hidden_states[:num_tokens], self.residual[:num_tokens], self.norm_weight, self.weights[i], EPS)[0]
-
-    def best(self, candidates: list[plans.Plan], num_tokens: int, device: torch.device) -> tuple[float, plans.Plan] | None:
-        """The fastest right candidate for that many tokens and its time in µs."""
-        stock_error = self.error(self.stock(num_tokens, 0))
-        timed = []
-        for plan in candidates:
-            kernel = prepare(OP, k=self.k, n=self.n, dtype=torch.bfloat16, device=device, plans=[plan], overlap=False)
-            if isinstance(kernel, str):
-                continue  # it needs more registers or shared memory than this GPU has
-            error = self.error(self.run(kernel, num_tokens, 0))
-            if not error <= 1.1 * stock_error:  # looser than the tests: few outputs make a noisy estimate
-                print(f"left out, please report it: {plan} errs {error:.2e} on {self.k}x{self.n}, stock {stock_error:.2e}")
-                continue
-            timed.append((graph_time_us(functools.partial(self.run, kernel, num_tokens), self.copies), plan))
-        return min(timed, key=lambda entry: entry[0], default=None)
-
-
-def _candidates(k: int, n: int, limit: int) -> list[plans.Plan]:
+def gemm_candidates(kind: str, k: int, n: int, limit: int, count: int) -> list[plans.Plan]:
+    """The most promising plans, the same number of each schedule; of each (cluster, warps, room for the next kernel) the best few."""
     chosen: list[plans.Plan] = []
-    for schedule, count in PER_SCHEDULE.items():
+    for schedule in plans.GEMM_OPS[kind].sources:
         if schedule == "fused" and limit > 16:
             continue  # measured: 32 tokens normalised by every block never win
-        ranked = sorted(plans.candidates(k, n, limit, schedule), key=lambda plan: plans.distance(plan, k, n))
-        chosen += ranked[:count]
+        ranked = sorted(plans.candidates(kind, k, n, limit, schedule), key=lambda plan: plans.distance(kind, plan, k, n))
+        seen: dict[tuple, int] = {}
+        kept = []
+        for plan in ranked:
+            key = plan.cluster, plan.warps, plan.blocks_per_sm, min(plan.stages, 3), plan.early > 0, plan.prefetch > 0
+            if seen.setdefault(key, 0) < 2:
+                seen[key] += 1
+                kept.append(plan)
+        chosen += kept[:count]
     return chosen
 
 
-def measure(k: int, n: int, device: torch.device, stock_norm: Callable) -> tuple[list[plans.Plan], list[str]]:
-    """The plans of one shape by rising token limit, and a line of report for each token count that was measured."""
-    shape = Shape(k, n, device, stock_norm)
-    found: list[plans.Plan] = []
+def attention_candidates(shape: LayerShape, limit: int, multiprocessors: int = 132) -> Iterator[plans.AttentionPlan]:
+    """Clusters and warps: up to four blocks for each multiprocessor."""
+    group = shape.heads // shape.kv_heads
+    for cluster in (1, 2, 4, 8):
+        for warps in (2, 4, 8):
+            pairs_divide = group * HEAD_DIM // 2 % cluster == 0
+            if pairs_divide and (cluster == 1 or limit * shape.kv_heads * cluster <= 4 * multiprocessors):
+                yield plans.AttentionPlan(limit, cluster, warps)
+
+
+class Tuner:
+    """One layer shape at one token limit."""
+
+    def __init__(self, shape: LayerShape, limit: int, device: torch.device, count: int, known: dict[str, Any]):
+        self.shape, self.limit, self.device, self.count = shape, limit, device, count
+        self.step = Step(shape, limit, CONTEXT, device)
+        self.kernels: dict[str, Any] = dict.fromkeys(OPS)
+        self.plan: dict[str, Any] = dict.fromkeys(OPS)
+        self.known = known  # plans of the limit below: good candidates here
+        self.ranked: dict[str, list[tuple[float, Any]]] = {}
+        self.stock = self.step.time_us(self.kernels)
+        self.best = self.stock
+
+    def candidates(self, op: str) -> list[Any]:
+        if op == "attention":
+            return list(attention_candidates(self.shape, self.limit))
+        kind, k, n = self.shape.gemm(op)
+        found = gemm_candidates(kind, k, n, self.limit, self.count)
+        inherited = self.known.get(op)
+        if inherited is not None and plans.round_up(inherited.max_num_tokens, 8) == plans.round_up(self.limit, 8):
+            found.append(replace(inherited, max_num_tokens=self.limit))
+        return list(dict.fromkeys(found))
+
+    def prepare(self, op: str, plan: Any) -> Any:
+        if op == "attention":
+            shape = {"heads": self.shape.heads, "kv_heads": self.shape.kv_heads}
+            return prepare_attention(**shape, dtype=torch.bfloat16, device=self.device, plans=[plan])
+        kind, k, n = self.shape.gemm(op)
+        return prepare(kind, k=k, n=n, dtype=torch.bfloat16, device=self.device, plans=[plan])
+
+    def tune(self, op: str, candidates: list[Any]) -> None:
+        """Keeps the plan of `op` that makes the step fastest, or the stock path."""
+        timed = []
+        baseline = self.step.time_us({**self.kernels, op: None})
+        for plan in candidates:
+            kernel = self.prepare(op, plan)
+            if isinstance(kernel, str):
+                continue  # it needs more registers or shared memory than this GPU has
+            if problem := self.wrong(op, kernel):
+                print(f"left out, please report it: {op} {plan}: {problem}")
+                continue
+            timed.append((self.step.time_us({**self.kernels, op: kernel}, replays=5), plan, kernel))
+        timed.sort(key=lambda entry: entry[0])
+        # the fastest few once more: the first of many candidates is partly the luckiest
+        again = [(self.step.time_us({**self.kernels, op: kernel}, replays=15), plan, kernel) for _, plan, kernel in timed[:3]]
+        best = min(again, key=lambda entry: entry[0], default=None)
+        self.ranked[op] = [(spent, plan) for spent, plan, _ in timed]
+        if best is not None and baseline / best[0] >= WORTH**0.5:
+            self.best, self.plan[op], self.kernels[op] = best
+        else:
+            self.best, self.plan[op], self.kernels[op] = baseline, None, None
+
+    def run(self) -> None:
+        """Two rounds over the ops, the second over each op's best candidates."""
+        for op in ("norm_gate_up", "down_proj", "norm_qkv", "attention", "o_proj"):
+            self.tune(op, self.candidates(op))
+        for op in ("norm_gate_up", "down_proj", "norm_qkv", "o_proj"):
+            self.tune(op, [plan for _, plan in self.ranked[op][:AGAIN]])
+
+    def wrong(self, op: str, kernel: Any) -> str | None:
+        """Where the kernel errs more than the stock path does, against float64 on the same inputs."""
+        step = self.step
+        if op == "attention":
+            qkv = torch.randn(self.limit, self.shape.gemm("norm_qkv")[2], device=self.device).bfloat16()
+            ours, stock = (step.attention(k, 0, qkv).double() for k in (kernel, None))
+            difference = ((ours - stock).norm() / stock.norm()).item()
+            return None if difference < 1e-2 else f"it is {difference:.1e} from the stock path"
+        x, r, w = step.hidden_states, step.residual, step.weights[0][op].double()
+        if op in ("o_proj", "down_proj"):
+            x = torch.randn(self.limit, w.shape[1], device=self.device).bfloat16()
+            ours, stock = step.linear(op, kernel, 0, x), step.linear(op, None, 0, x)
+            exact = x.double() @ w.t()
+        else:
+            run = step.norm_qkv if op == "norm_qkv" else step.norm_gate_up
+            ours, stock = run(kernel, 0, x, r)[0], run(None, 0, x, r)[0]
+            stream = x.double() + r.double()
+            gamma = step.gammas[0 if op == "norm_qkv" else 1].double()
+            exact = stream * torch.rsqrt(stream.pow(2).mean(-1, keepdim=True) + EPS) * gamma @ w.t()
+            if op == "norm_gate_up":
+                gate, up = exact.chunk(2, -1)
+                exact = torch.nn.functional.silu(gate) * up
+        error, allowed = (((out.double() - exact).norm() / exact.norm()).item() for out in (ours, stock))
+        return None if error <= 1.1 * allowed else f"it errs {error:.2e}, stock {allowed:.2e}"
+
+
+def compile_all(shapes: list[LayerShape], limits: tuple[int, ...], arch: str, count: int) -> None:
+    """Compiles every candidate in parallel, before anything is measured."""
+    wanted: set[tuple[str, tuple[tuple[str, int], ...]]] = set()
+    for shape in shapes:
+        for limit in limits:
+            for op in GEMMS:
+                kind, k, n = shape.gemm(op)
+                for plan in gemm_candidates(kind, k, n, limit, count):
+                    for variant in plans.GEMM_OPS[kind].sources[plan.schedule]:
+                        for name in variant:
+                            macros = plans.row_defines(k) if name in ("rms_norm", "rms_norm_first") else plan.defines(k, n)
+                            wanted.add((name, tuple(sorted(macros.items()))))
+        for limit in ATTENTION_LIMITS:
+            for plan in attention_candidates(shape, limit):
+                wanted.add(("decode_attention", tuple(sorted(plan.defines(shape.heads, shape.kv_heads).items()))))
+    cache, started = CubinCache(plans.cache_folder()), time.perf_counter()
+
+    def compile_one(entry: tuple[str, tuple[tuple[str, int], ...]]) -> None:
+        try:
+            cache.get([Build(f"{entry[0]}.cu", entry[1], arch)])
+        except CompileError as error:
+            print(f"skipped: {error}")
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(compile_one, sorted(wanted)))
+    print(f"{len(wanted)} candidates compiled for {arch} in {time.perf_counter() - started:.0f} s", flush=True)
+
+
+def tune_attention(shape: LayerShape, device: torch.device, kernels: dict[str, Any]) -> tuple[list[plans.AttentionPlan], list[str]]:
+    """Attention's plans by rising limit, in a step whose other ops run `kernels` where they take so many tokens."""
+    found: list[plans.AttentionPlan] = []
     lines = []
-    for limit in LIMITS:
-        candidates = _candidates(k, n, limit)
-        stock = graph_time_us(functools.partial(shape.stock, limit), shape.copies)
-        best = shape.best(candidates, limit, device)
-        if best is None or stock / best[0] < WORTH:
-            kernel = f"best kernel {best[0]:.2f} µs" if best else "no kernel fits"
-            lines.append(f"{k:5}→{n:<6} {limit:3} tokens: stock {stock:6.2f} µs, {kernel}: stock path from here on")
+    for limit in ATTENTION_LIMITS:
+        others = {op: kernel if kernel is not None and limit <= kernel.max_tokens else None for op, kernel in kernels.items()}
+        steps = [Step(shape, limit, context, device, copies) for context, copies in ((CONTEXT, 0), (LONG_CONTEXT, 2))]
+        stock = [step.time_us({**others, "attention": None}) for step in steps]
+        timed = []
+        for plan in attention_candidates(shape, limit):
+            shapes = {"heads": shape.heads, "kv_heads": shape.kv_heads}
+            kernel = prepare_attention(**shapes, dtype=torch.bfloat16, device=device, plans=[plan])
+            if not isinstance(kernel, str):
+                times = [step.time_us({**others, "attention": kernel}, replays=5) for step in steps]
+                timed.append((times, plan))
+        # short contexts decide, among plans that lose nothing at long ones
+        fair = [entry for entry in timed if entry[0][1] <= stock[1]]
+        best = min(fair, key=lambda entry: entry[0][0], default=None)
+        for times, plan in sorted(timed, key=lambda entry: entry[0][0])[:3]:
+            cases = zip((CONTEXT, LONG_CONTEXT), times, stock, strict=True)
+            shown = ", ".join(f"{context} tokens {spent:.2f} of {whole:.2f}" for context, spent, whole in cases)
+            lines.append(f"  attention {limit:3} requests: cluster {plan.cluster} warps {plan.warps}: a layer takes µs at {shown}")
+        if best is None or stock[0] / best[0][0] < WORTH:
+            lines.append(f"  attention {limit:3} requests: stock path from here on")
             break
-        time, plan = best
-        ratio = f"stock {stock:6.2f} µs, kernel {time:6.2f} µs, {stock / time:.2f}×"
-        lines.append(f"{k:5}→{n:<6} {limit:3} tokens: {ratio}  {_short(plan)}")
-        if limit == LIMITS[0]:  # one token may be served better by a plan of its own
-            single = shape.best(candidates, 1, device)
-            same = shape.best([plan], 1, device)
-            if single and same and same[0] / single[0] > 1.01:
-                found.append(replace(single[1], max_num_tokens=1))
-                times = f"kernel {single[0]:6.2f} µs against {same[0]:.2f} with that plan"
-                lines.append(f"{k:5}→{n:<6}   1 token : {times}  {_short(single[1])}")
-        found.append(plan)
+        found.append(best[1])
     return found, lines
 
 
-def _short(plan: plans.Plan) -> str:
+def tune_shape(shape: LayerShape, device: torch.device, limits: tuple[int, ...], count: int) -> tuple[dict[str, list], list[str]]:
+    """Plans by op of one layer shape, and a line of report for each limit."""
+    found: dict[str, list] = {op: [] for op in GEMMS}
+    ended: set[str] = set()
+    lines: list[str] = []
+    known: dict[str, Any] = {}
+    for limit in limits:
+        tuner = Tuner(shape, limit, device, count, known)
+        tuner.run()
+        known = tuner.plan
+        ratio = tuner.stock / tuner.best
+        lines.append(f"  {limit:3} tokens: a layer takes {tuner.stock:7.2f} µs by the stock path, {tuner.best:7.2f} fused: {ratio:.2f}×")
+        for op in GEMMS:
+            plan = tuner.plan[op]
+            lines.append(f"      {op:12} {_short(plan)}")
+            if plan is None:
+                ended.add(op)
+            elif op not in ended:  # limits rise without a gap: one measured loss ends an op's kernels
+                found[op].append(plan)
+    kernels: dict[str, Any] = {}
+    for op in GEMMS:
+        kind, k, n = shape.gemm(op)
+        kernels[op] = prepare(kind, k=k, n=n, dtype=torch.bfloat16, device=device, plans=found[op]) if found[op] else None
+    found["attention"], more = tune_attention(shape, device, kernels)
+    return found, lines + more
+
+
+def _short(plan: Any) -> str:
+    if plan is None:
+        return "stock path"
     return (
         f"{plan.schedule} grid {plan.grid}×{plan.cluster} loop {plan.forloop_range} warps {plan.warps} stages {plan.stages} "
-        f"prefetch {plan.prefetch} ({plan.blocks_per_sm} a multiprocessor)"
+        f"early {plan.early} prefetch {plan.prefetch} ({plan.blocks_per_sm} a multiprocessor)"
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Tunes the shapes that were asked for and merges them into the table. RuntimeError without a GPU."""
+    """Tunes the models that were asked for and merges them into the table. RuntimeError without a GPU."""
     if not torch.cuda.is_available():
         raise RuntimeError("tuning measures on the GPU and there is none here; the shipped plan table needs no tuning.")
     device = torch.device("cuda", torch.cuda.current_device())
     major, minor = torch.cuda.get_device_capability(device)
     arch = f"sm_{major}{minor}"
-    shapes = [_shape(text) for text in arguments.shapes] if arguments.shapes else default_shapes()
+    shapes = default_shapes()
+    if arguments.models:
+        if unknown := set(arguments.models) - set(shapes):
+            raise ValueError(f"the models {', '.join(sorted(unknown))} are none of {', '.join(shapes)}.")
+        shapes = {name: shapes[name] for name in arguments.models}
     output = Path(arguments.output) if arguments.output else plans.user_table()
     table = plans.read_table(output)
     entries = table.setdefault(arch, {})
-    _compile_all(shapes, arch)
-
-    torch._dynamo.config.cache_size_limit = 64  # one graph for each K and token limit
-
-    @torch.compile(dynamic=False)
-    def stock_norm(hidden_states: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor):
-        stream = hidden_states.float() + residual.float()
-        normed = stream * torch.rsqrt(stream.pow(2).mean(-1, keepdim=True) + EPS)
-        return normed.to(weight.dtype) * weight, stream.to(weight.dtype)
-
-    for k, n in shapes:
-        found, lines = measure(k, n, device, stock_norm)
-        print("\n".join(lines), flush=True)
-        entries.setdefault(OP, {})[f"{k}x{n}"] = plans.to_table(found)
-    entries["measured"] = f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, {datetime.date.today()}"
-    output.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    output.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+    torch._dynamo.config.cache_size_limit = 256  # one graph for each shape and token limit
+    compile_all(list(shapes.values()), LIMITS, arch, arguments.candidates)
+    for name, shape in shapes.items():
+        started = time.perf_counter()
+        found, lines = tune_shape(shape, device, LIMITS, arguments.candidates)
+        for op in GEMMS:
+            kind, k, n = shape.gemm(op)
+            entries.setdefault(kind, {})[f"{k}x{n}"] = plans.to_table(found[op])
+        entries.setdefault("decode_attention", {})[f"{shape.heads}x{shape.kv_heads}"] = plans.to_table(found["attention"])
+        print("\n".join([f"{name} ({time.perf_counter() - started:.0f} s)", *lines]), flush=True)
+        entries["measured"] = f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, {datetime.date.today()}"
+        output.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        output.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
     print(f"wrote {output}")
     return 0
-
-
-def _shape(text: str) -> tuple[int, int]:
-    try:
-        k, n = map(int, text.split("x"))
-    except ValueError as error:
-        raise ValueError(f"the shape {text} is not of the form KxN, such as 4096x6144.") from error
-    return k, n
-
-
-def _compile_all(shapes: list[tuple[int, int]], arch: str) -> None:
-    """Compiles every candidate of every shape in parallel processes, before anything is measured."""
-    wanted = {
-        (source, tuple(sorted(plan.defines(k, n).items())))
-        for (k, n), limit in itertools.product(shapes, LIMITS)
-        for plan in _candidates(k, n, limit)
-        for source in (("linear.cu",) if plan.schedule == "split" else ("rms_norm_linear.cu", "rms_norm_linear_first.cu"))
-    }
-    print(f"compiling {len(wanted)} candidates for {arch} …", flush=True)
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(_compile_entry, [(arch, *entry) for entry in sorted(wanted)], chunksize=4))
-
-
-def _compile_entry(entry: tuple[str, str, tuple[tuple[str, int], ...]]) -> None:
-    arch, source, macros = entry
-    cache = CubinCache(plans.cache_folder())
-    try:
-        cache.get([Build(source, macros, arch)])
-    except CompileError as error:
-        print(f"skipped: {error}")

@@ -21,14 +21,8 @@ SOURCE = (generate.KERNELS_DIR / "decode_attention.cu").read_text()
 KERNEL = Kernel("decode_attention", SOURCE, tuple(generate.HANDWRITTEN["decode_attention"]))
 
 
-def macros(heads, kv_heads, cluster, warps, page):
-    return {
-        "MIRAGE_HEADS": heads,
-        "MIRAGE_KV_HEADS": kv_heads,
-        "MIRAGE_CLUSTER": cluster,
-        "MIRAGE_WARPS": warps,
-        "MIRAGE_PAGE": page,
-    }
+def macros(heads, kv_heads, cluster, warps):
+    return {"MIRAGE_HEADS": heads, "MIRAGE_KV_HEADS": kv_heads, "MIRAGE_CLUSTER": cluster, "MIRAGE_WARPS": warps}
 
 
 class Step:
@@ -69,7 +63,7 @@ class Step:
         names = {"O": out, "QKV": self.qkv, "G_q": self.gammas[0], "G_k": self.gammas[1], "cos_sin": self.cos_sin}
         names |= {"positions": self.positions, "cache": self.cache, "slots": self.slots, "block_table": self.table}
         names |= {"seq_lens": self.seq_lens, "page_stride": strides[0], "token_stride": strides[1], "head_stride": strides[2]}
-        return names | {"table_stride": self.table.shape[1], "num_tokens": len(self.seq_lens), "eps": EPS, "scale": SCALE}
+        return names | {"page_size": self.page, "table_stride": self.table.shape[1], "num_tokens": len(self.seq_lens), "eps": EPS, "scale": SCALE}
 
     def norm_and_rotate(self, x, gamma, position):
         x = x / np.sqrt((x**2).mean(-1, keepdims=True) + EPS) * emulate.from_bf16(gamma)
@@ -100,7 +94,7 @@ class Step:
 
 
 def run(step, folder, cluster, warps, seed=1, runtime=None):
-    kernel = emulate.EmulatedKernel(KERNEL, macros(step.heads, step.kv_heads, cluster, warps, step.page), folder, runtime)
+    kernel = emulate.EmulatedKernel(KERNEL, macros(step.heads, step.kv_heads, cluster, warps), folder, runtime)
     out = emulate.poisoned((len(step.seq_lens) + 1, step.heads * HEAD))
     kernel(step.arguments(out), delayed=True, seed=seed)
     assert (out[-1] == 0x7FFF).all(), "written beyond its rows"
@@ -162,7 +156,7 @@ def test_a_barrier_removed_is_caught(folder, statement):
     broken = Kernel("decode_attention", SOURCE.replace(statement, statement.splitlines()[-1]), KERNEL.arguments)
     step = Step([70, 50], 4, 2, 16)
     expected, _ = step.answer()
-    kernel = emulate.EmulatedKernel(broken, macros(4, 2, 2, 2, 16), folder)
+    kernel = emulate.EmulatedKernel(broken, macros(4, 2, 2, 2), folder)
     errors = []
     for seed in range(3):
         out = emulate.poisoned((2, 4 * HEAD))

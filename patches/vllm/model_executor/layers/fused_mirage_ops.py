@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""RMSNorm + QKV projection as one op for Qwen3: the switch, the plan of each layer, the ops, the module.
+"""The fused path of a Qwen3 decoder layer: the switch, what may be fused, the modules' stand-ins, the plan of each layer.
 
-Read from top to bottom: switch → compile-cache key → kernels → eligibility → norm bodies → ops and fakes →
-`FusedRMSNormQKV` → plan of a layer → report.  `models/qwen3.py` is the only user.
+Read from top to bottom: switch → compile-cache key → eligibility → stand-ins (`FusedRMSNormQKV` and its siblings) → plan
+of a layer → report.  The torch ops that the stand-ins call are in `mirage_ops.py`; `models/qwen3.py` is the only user.
 
     VLLM_USE_MIRAGE   0 (default)  every layer takes the stock path
                       1            a layer that may be fused takes the fused path
                       strict       the same, but a layer that may not, or that has no kernel, is an error at start
     VLLM_MIRAGE_OPS   all (default), none, or a comma list of op names: the ops that may be used
 
-Nothing here owns a parameter.  The fused computation is opaque to torch.compile; inside the op a compiled kernel
-runs where one was prepared and the batch is small enough, and otherwise PyTorch at stock vLLM's cost.
+Nothing here owns a parameter.  The fused computation is opaque to torch.compile; inside an op a compiled kernel runs
+where one was prepared and the batch is small enough, and otherwise PyTorch at stock vLLM's cost.  On a GPU an op without
+a kernel is not used at all: the layer's own modules run.
 """
 
 import os
@@ -19,27 +20,34 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch.library import Library, infer_schema
 from vllm import envs
-from vllm.config import get_current_vllm_config_or_none
-from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
+from vllm.config import CUDAGraphMode, get_current_vllm_config_or_none
+from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank, tensor_model_parallel_all_reduce
 from vllm.distributed.utils import get_pp_indices
 from vllm.logger import init_logger
+from vllm.model_executor.layers import mirage_ops
+from vllm.model_executor.layers.activation import SiluAndMul
+from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.layernorm import RMSNorm
-from vllm.model_executor.layers.linear import QKVParallelLinear, UnquantizedLinearMethod
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    RowParallelLinear,
+    UnquantizedLinearMethod,
+)
+from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
 from vllm.model_executor.layers.utils import default_unquantized_gemm
 from vllm.platforms import current_platform
-from vllm.triton_utils import HAS_TRITON, tl, triton
+from vllm.utils.torch_utils import _encode_layer_name
 
 logger = init_logger(__name__)
 
-OVERLAY_VERSION = "0.1.0"
-OP_SCHEMA = 1  # raise it with every change of an op's schema or fake: it is part of the compile-cache key
+OVERLAY_VERSION = "0.2.0"
 
 # ---------------------------------------------------------------------------------------------------------- switch
 SWITCH, OPS_SWITCH = "VLLM_USE_MIRAGE", "VLLM_MIRAGE_OPS"
-OPS = ("norm_qkv",)
+OPS = ("norm_qkv", "attention", "o_proj", "norm_gate_up", "down_proj")
 
 
 def mirage_switch() -> str:
@@ -87,7 +95,8 @@ def _graph_state() -> str:
     A kernel's presence is left out on purpose: the op hides it, the graph is the same.  No layer names either:
     the ranks of a pipeline then share one key, as vLLM intends.
     """
-    return f"{OP_SCHEMA}:{'+'.join(sorted({plan.path() for plan in _plans.values()}))}"
+    paths = sorted({f"{plan.op}={plan.path()}" for plan in _plans.values()})
+    return f"{mirage_ops.OP_SCHEMA}:{'+'.join(paths)}"
 
 
 # vLLM keys its torch.compile cache on the variables that it knows (envs.compile_factors calls each of these).
@@ -100,57 +109,113 @@ envs.environment_variables.update(
     }
 )
 
-# --------------------------------------------------------------------------------------------------------- kernels
-# One entry for each (k, n, dtype, device) prepared in this process: the kernel, or the reason why there is none.
-_kernels: dict[tuple[int, int, torch.dtype, torch.device], Any] = {}
-
-
-def prepare_kernel(k: int, n: int, dtype: torch.dtype, device: torch.device) -> Any:
-    """Compile or load the kernel of one weight shape [n, k] now, before any graph capture.
-
-    Returns the kernel, or a sentence saying why there is none.
-    """
-    key = (k, n, dtype, device)
-    if key not in _kernels:
-        _kernels[key] = _prepare(k, n, dtype, device)
-    return _kernels[key]
-
-
-def _prepare(k: int, n: int, dtype: torch.dtype, device: torch.device) -> Any:
-    if device.type != "cuda":
-        return f"the weights are on the {device.type}, not on a GPU"
-    try:
-        from vllm.model_executor.layers import mirage_kernels
-    except ImportError as error:
-        return f"mirage_kernels cannot be imported ({error})"
-    return mirage_kernels.prepare("rms_norm_linear", k=k, n=n, dtype=dtype, device=device)
-
-
-def _kernel_for(hidden_states: torch.Tensor, qkv_weight: torch.Tensor, *others: torch.Tensor) -> Any:
-    """The kernel that can take this call, or None: the PyTorch body runs."""
-    n, k = qkv_weight.shape
-    kernel = _kernels.get((k, n, hidden_states.dtype, hidden_states.device))
-    if kernel is None or isinstance(kernel, str):
-        return None
-    if hidden_states.dim() != 2 or not 0 < hidden_states.shape[0] <= kernel.max_tokens:
-        return None
-    for tensor in (hidden_states, qkv_weight, *others):
-        if not tensor.is_contiguous() or tensor.data_ptr() % 16:
-            return None
-    return kernel
-
-
 # ----------------------------------------------------------------------------------------------------- eligibility
+DTYPES = {"cuda": (torch.bfloat16, torch.float16), "cpu": (torch.bfloat16, torch.float16, torch.float32)}
+
+
 def why_not_fused(norm_layer: RMSNorm, qkv_proj: QKVParallelLinear) -> str | None:
-    """The reason why this pair must stay on the stock path, or None.
+    """The reason why this norm and projection must stay on the stock path, or None.
 
     A quantised projection is declined, so vLLM's norm + quantisation fusion loses nothing that it could match.
     """
+    return _why_not_norm_gemm(norm_layer, qkv_proj, QKVParallelLinear, ("q_proj", "k_proj", "v_proj"))
+
+
+def _why_not_norm_gemm(norm_layer: RMSNorm, proj: Any, cls: type, lora_names: tuple[str, ...]) -> str | None:
+    if reason := _why_not_platform() or _why_not_norm(norm_layer) or _why_not_projection(proj, cls):
+        return reason
+    name = _suffix(proj)
+    if proj.gather_output:
+        return f"{name} gathers its output"
+    if tuple(proj.weight.shape[1:]) != tuple(norm_layer.weight.shape):
+        return f"{name}.weight is {list(proj.weight.shape)} but the norm has {list(norm_layer.weight.shape)}"
+    if proj.weight.dtype != norm_layer.weight.dtype:
+        return f"{name} is {proj.weight.dtype} and the norm {norm_layer.weight.dtype} on {proj.weight.device.type}"
+    config = get_current_vllm_config_or_none()
+    if config is not None:  # outside an engine (tests) there is none
+        passes = config.compilation_config.pass_config
+        if getattr(passes, "enable_sp", False):  # vLLM <= 0.30: the pass shards the residual that the op would hold
+            return "the sequence-parallel pass must see the norm"
+        if proj.tp_size > 1 and getattr(passes, "fuse_allreduce_rms", False):
+            return "the all-reduce + RMSNorm fusion must see the norm"
+    return _why_not_lora(name, lora_names)
+
+
+def why_not_linear(proj: RowParallelLinear) -> str | None:
+    """The same for a row-parallel projection by itself."""
+    if reason := _why_not_platform() or _why_not_projection(proj, RowParallelLinear):
+        return reason
+    if not proj.input_is_parallel or not proj.reduce_results:
+        return f"{_suffix(proj)} splits its input or leaves its output unreduced"
+    config = get_current_vllm_config_or_none()
+    if config is not None and proj.tp_size > 1 and getattr(config.compilation_config.pass_config, "fuse_gemm_comms", False):
+        return "the GEMM + communication fusion must see the projection"
+    return _why_not_lora(_suffix(proj), (_suffix(proj),))
+
+
+def why_not_attention(attention: Any) -> str | None:
+    """The same for q/k norm, RoPE, cache write and attention of a Qwen3Attention."""
+    attn, rope = attention.attn, attention.rotary_emb
+    if reason := _why_not_platform() or _why_not_norm(attention.q_norm) or _why_not_norm(attention.k_norm):
+        return reason
+    if attention.q_norm.variance_epsilon != attention.k_norm.variance_epsilon:
+        return "q_norm and k_norm have different eps"
+    if type(attn) is not Attention:
+        return f"the attention is {type(attn).__name__}, not Attention"
+    if type(rope) is not RotaryEmbedding or not rope.is_neox_style or rope.rotary_dim != attention.head_dim:
+        return f"the rotary embedding is {type(rope).__name__}, not a plain one over whole heads in halves"
+    if rope.cos_sin_cache.dtype != attention.q_norm.weight.dtype:
+        return f"the rotary embedding's angles are {rope.cos_sin_cache.dtype}, the model {attention.q_norm.weight.dtype}"
+    if attn.attn_backend.forward_includes_kv_cache_update or attn.kv_sharing_target_layer_name is not None:
+        return "the attention backend writes the KV cache by itself, or shares another layer's"
+    if attn.query_quant is not None or attn.calculate_kv_scales or attn.kv_cache_dtype not in ("auto", "bfloat16", "float16"):
+        return f"the KV cache is {attn.kv_cache_dtype}"
+    return _why_not_impl(attn.impl) or _why_not_graphs()
+
+
+def _why_not_impl(impl: Any) -> str | None:
+    """FlashAttention without any of its variants.  On the CPU vLLM's own attention runs behind the op, whatever it does."""
+    if current_platform.is_cpu():
+        return None
+    if type(impl).__name__ != "FlashAttentionImpl":
+        return f"the attention backend is {type(impl).__name__}, not FlashAttention"
+    if impl.head_size != mirage_ops.HEAD_DIM:
+        return f"heads have {impl.head_size} elements, the kernel takes {mirage_ops.HEAD_DIM}"
+    variants = {
+        "a sliding window": tuple(impl.sliding_window) != (-1, -1),
+        "ALiBi": impl.alibi_slopes is not None,
+        "a soft cap": bool(impl.logits_soft_cap),
+        "sinks": getattr(impl, "sinks", None) is not None,
+        "decode context parallelism": getattr(impl, "dcp_world_size", 1) > 1,
+    }
+    return next((f"the attention has {name}" for name, there in variants.items() if there), None)
+
+
+def _why_not_graphs() -> str | None:
+    """How vLLM captures: the op decides by the kind of batch, so no graph may serve two kinds."""
+    config = get_current_vllm_config_or_none()
+    if config is None:
+        return None
+    compilation, parallel = config.compilation_config, config.parallel_config
+    if compilation.cudagraph_mode == CUDAGraphMode.FULL:
+        return "one full CUDA graph serves decode and mixed batches (cudagraph_mode FULL)"
+    if compilation.use_inductor_graph_partition:
+        return "Inductor partitions the graph"
+    if getattr(compilation.pass_config, "fuse_attn_quant", False):
+        return "the attention + quantisation fusion must see the attention"
+    if getattr(envs, "VLLM_USE_BREAKABLE_CUDAGRAPH", False):
+        return "CUDA graphs are breakable"
+    if getattr(parallel, "use_ubatching", False):
+        return "batches are split in two (dual-batch overlap)"
+    return "keys and values are transferred between engines" if config.kv_transfer_config is not None else None
+
+
+def _why_not_platform() -> str | None:
     if not (current_platform.is_cuda() or current_platform.is_cpu()):
         return f"the platform is {current_platform.device_name}, not CUDA or CPU"
     if envs.VLLM_BATCH_INVARIANT:
         return "batch-invariant mode (VLLM_BATCH_INVARIANT) prescribes its own norm and GEMM"
-    return _why_not_norm(norm_layer) or _why_not_projection(norm_layer, qkv_proj) or _why_not_config(qkv_proj)
+    return None
 
 
 def _why_not_norm(norm_layer: RMSNorm) -> str | None:
@@ -163,207 +228,176 @@ def _why_not_norm(norm_layer: RMSNorm) -> str | None:
     return None
 
 
-def _why_not_projection(norm_layer: RMSNorm, qkv_proj: QKVParallelLinear) -> str | None:
-    if type(qkv_proj) is not QKVParallelLinear:  # a LoRA wrapper, a vendor's class
-        return f"qkv_proj is {type(qkv_proj).__name__}, not QKVParallelLinear"
-    method = qkv_proj.quant_method
+def _suffix(proj: Any) -> str:
+    """ "qkv_proj" of "model.layers.0.self_attn.qkv_proj"."""
+    return getattr(proj, "prefix", "").rpartition(".")[2] or "the projection"
+
+
+def _why_not_projection(proj: Any, cls: type) -> str | None:
+    name = _suffix(proj)
+    if type(proj) is not cls:  # a LoRA wrapper, a vendor's class
+        return f"{name} is {type(proj).__name__}, not {cls.__name__}"
+    method = proj.quant_method
     if type(method) is not UnquantizedLinearMethod:  # before any look at .weight: it may not exist
-        return f"qkv_proj is quantised ({type(method).__name__})"
+        return f"{name} is quantised ({type(method).__name__})"
     # vLLM 0.28 and later can be told to use another library's GEMM for all unquantised layers.
     if current_platform.is_cuda() and getattr(method, "_gemm_impl", default_unquantized_gemm) is not (
         default_unquantized_gemm
     ):
         return "the linear backend is not vLLM's default"
-    if qkv_proj.bias is not None:
-        return "qkv_proj has a bias"
-    if qkv_proj.gather_output:
-        return "qkv_proj gathers its output"
-    weight = qkv_proj.weight
-    if tuple(weight.shape[1:]) != tuple(norm_layer.weight.shape):
-        return f"qkv_proj.weight is {list(weight.shape)} but the norm has {list(norm_layer.weight.shape)}"
-    dtypes = {"cuda": (torch.bfloat16, torch.float16), "cpu": (torch.bfloat16, torch.float16, torch.float32)}
-    if weight.dtype != norm_layer.weight.dtype or weight.dtype not in dtypes.get(weight.device.type, ()):
-        return f"qkv_proj is {weight.dtype} and the norm {norm_layer.weight.dtype} on {weight.device.type}"
+    if proj.bias is not None:
+        return f"{name} has a bias"
+    if proj.weight.dtype not in DTYPES.get(proj.weight.device.type, ()):
+        return f"{name} is {proj.weight.dtype} on {proj.weight.device.type}"
     return None
 
 
-def _why_not_config(qkv_proj: QKVParallelLinear) -> str | None:
-    """Reasons in the engine's configuration.  Outside an engine (tests) there is none."""
+def _why_not_lora(name: str, lora_names: tuple[str, ...]) -> str | None:
     config = get_current_vllm_config_or_none()
-    if config is None:
+    if config is None or config.lora_config is None:
         return None
-    passes = config.compilation_config.pass_config
-    if getattr(passes, "enable_sp", False):  # vLLM <= 0.30: the pass shards the residual that the op would hold
-        return "the sequence-parallel pass must see the norm"
-    if qkv_proj.tp_size > 1 and getattr(passes, "fuse_allreduce_rms", False):
-        return "the all-reduce + RMSNorm fusion must see the norm"
-    if config.lora_config is not None and _lora_takes_qkv(config.lora_config.target_modules):
-        return "LoRA is enabled and will wrap qkv_proj"
-    return None
+    targets = config.lora_config.target_modules  # suffixes of modules; None: every module
+    taken = targets is None or any(target.endswith(lora_names) for target in targets)
+    return f"LoRA is enabled and will wrap {name}" if taken else None
 
 
-def _lora_takes_qkv(target_modules: list[str] | None) -> bool:
-    """target_modules: module suffixes that LoRA may wrap; None: every module."""
-    return target_modules is None or any(name.endswith(("q_proj", "k_proj", "v_proj")) for name in target_modules)
+# ------------------------------------------------------------------------------------------------------- stand-ins
+class _StandIn:
+    """Part of a decoder layer as one op, by reference.
 
-
-# ----------------------------------------------------------------------------------------------------- norm bodies
-@triton.jit
-def _rms_norm_kernel(
-    x_ptr,
-    residual_ptr,
-    weight_ptr,
-    out_ptr,
-    residual_out_ptr,
-    eps,
-    HIDDEN: tl.constexpr,
-    BLOCK: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-):
-    """One row: out = (x + residual) / rms · weight, residual_out = x + residual; sums in fp32."""
-    columns = tl.arange(0, BLOCK)
-    inside = columns < HIDDEN
-    offsets = tl.program_id(0).to(tl.int64) * HIDDEN + columns
-    x = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-    weight = tl.load(weight_ptr + columns, mask=inside, other=0.0)
-    if HAS_RESIDUAL:
-        x += tl.load(residual_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-        tl.store(residual_out_ptr + offsets, x.to(residual_out_ptr.dtype.element_ty), mask=inside)
-    x *= tl.rsqrt(tl.sum(x * x, axis=0) / HIDDEN + eps)
-    x = x.to(weight.dtype).to(tl.float32) * weight.to(tl.float32)
-    tl.store(out_ptr + offsets, x.to(out_ptr.dtype.element_ty), mask=inside)
-
-
-def _rms_norm_triton(
-    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One kernel, one row a program, the row in registers: what Inductor makes of the stock layer's add + norm.
-
-    vLLM's C++ op adds in place, so a functional op would need two copies before it.
-    """
-    x = x.contiguous()
-    residual = residual if residual is None else residual.contiguous()
-    out = torch.empty_like(x)
-    residual_out = x if residual is None else torch.empty_like(residual)
-    hidden = weight.shape[0]
-    rows = x.numel() // hidden
-    if rows:
-        block = triton.next_power_of_2(hidden)
-        warps = min(16, max(4, block // 256))  # 8 elements a thread: one 16-byte load
-        _rms_norm_kernel[(rows,)](
-            x, residual, weight, out, residual_out, eps, hidden, block, residual is not None, num_warps=warps
-        )
-    return out, residual_out
-
-
-def _rms_norm_native(
-    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same with PyTorch's own operators, for the CPU.  Rounds where vLLM's native norm rounds."""
-    total = x.to(torch.float32)
-    if residual is not None:
-        total = total + residual.to(torch.float32)
-    normed = total * torch.rsqrt(total.pow(2).mean(-1, keepdim=True) + eps)
-    return normed.to(weight.dtype) * weight, total.to(x.dtype)
-
-
-def _rms_norm(
-    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(normalised x or x + residual, x + residual), both like x: [num_tokens, hidden]."""
-    body = _rms_norm_triton if x.is_cuda and HAS_TRITON else _rms_norm_native
-    return body(x, residual, weight, eps)
-
-
-# --------------------------------------------------------------------------------------------------- ops and fakes
-# How often each body ran, counted in Python: a replayed CUDA graph counts once, when it is captured.
-_calls = {f"{op}.{body}": 0 for op in OPS for body in ("kernel", "torch")}
-
-
-def _norm_qkv(
-    hidden_states: torch.Tensor, norm_weight: torch.Tensor, qkv_weight: torch.Tensor, eps: float
-) -> torch.Tensor:
-    """The first layer's op.  [..., hidden] → qkv [..., (q+2kv)·head_dim]."""
-    if (kernel := _kernel_for(hidden_states, qkv_weight, norm_weight)) is not None:
-        _calls["norm_qkv.kernel"] += 1
-        return kernel(hidden_states, None, norm_weight, qkv_weight, eps)[0]
-    _calls["norm_qkv.torch"] += 1
-    normed, _ = _rms_norm(hidden_states, None, norm_weight, eps)
-    return F.linear(normed, qkv_weight)
-
-
-def _norm_qkv_fake(
-    hidden_states: torch.Tensor, norm_weight: torch.Tensor, qkv_weight: torch.Tensor, eps: float
-) -> torch.Tensor:
-    return hidden_states.new_empty((*hidden_states.shape[:-1], qkv_weight.shape[0]))
-
-
-def _add_norm_qkv(
-    hidden_states: torch.Tensor,
-    residual: torch.Tensor,
-    norm_weight: torch.Tensor,
-    qkv_weight: torch.Tensor,
-    eps: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The other layers' op: (qkv [..., (q+2kv)·head_dim], hidden_states + residual [..., hidden])."""
-    if (kernel := _kernel_for(hidden_states, qkv_weight, norm_weight, residual)) is not None:
-        _calls["norm_qkv.kernel"] += 1
-        return kernel(hidden_states, residual, norm_weight, qkv_weight, eps)
-    _calls["norm_qkv.torch"] += 1
-    normed, residual_out = _rms_norm(hidden_states, residual, norm_weight, eps)
-    return F.linear(normed, qkv_weight), residual_out
-
-
-def _add_norm_qkv_fake(
-    hidden_states: torch.Tensor,
-    residual: torch.Tensor,
-    norm_weight: torch.Tensor,
-    qkv_weight: torch.Tensor,
-    eps: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    qkv = hidden_states.new_empty((*hidden_states.shape[:-1], qkv_weight.shape[0]))
-    return qkv, torch.empty_like(residual, memory_format=torch.contiguous_format)
-
-
-# Two ops, not one with an optional residual: that one would return its own input, which a functional op may not.
-# The weights are arguments: with a layer's name instead, Inductor could not reuse one compiled piece for all layers.
-_library = Library("vllm_mirage", "FRAGMENT")  # the registrations live as long as this object
-for _name, _body, _fake in (
-    ("norm_qkv", _norm_qkv, _norm_qkv_fake),
-    ("add_norm_qkv", _add_norm_qkv, _add_norm_qkv_fake),
-):
-    _library.define(_name + infer_schema(_body, mutates_args=()))
-    # One body for CPU and CUDA, never decomposed by the tracer.
-    _library.impl(_name, _body, "CompositeExplicitAutograd")
-    _library._register_fake(_name, _fake)
-
-
-# ---------------------------------------------------------------------------------------------------------- module
-class FusedRMSNormQKV:
-    """A decoder layer's input_layernorm and qkv_proj as one op, by reference.
-
-    A plain object on purpose.  As an nn.Module it would register both layers a second time: new names in
+    A plain object on purpose.  As an nn.Module it would register its layers a second time: new names in
     named_parameters() and state_dict(), and LoRA would wrap the second path and be ignored.
-    Raises ValueError for a pair that may not be fused.
     """
+
+    op: str
+    proj: Any  # the module that LoRA, for one, may put a wrapper in place of after the layer was built
+
+    def _refer_to(self, proj: LinearBase) -> None:
+        self.proj = proj
+        # After loading, vLLM's CPU backend packs the weight and leaves `proj.weight` empty: keep the loaded parameter
+        # there, and only there.  On CUDA the weight is looked up at each call, so that reloading and sleep mode stay right.
+        self._cpu_weight = proj.weight if proj.weight.device.type == "cpu" else None
+
+    def _weight(self) -> torch.Tensor:
+        return self.proj.weight if self._cpu_weight is None else self._cpu_weight
+
+    @staticmethod
+    def standing(layer: Any) -> Any:
+        """What now stands in `proj`'s place in the layer."""
+        raise NotImplementedError
+
+    def in_place(self, layer: Any) -> bool:
+        return self.standing(layer) is self.proj
+
+
+class FusedRMSNormQKV(_StandIn):
+    """A decoder layer's input_layernorm and qkv_proj.  Raises ValueError for a pair that may not be fused."""
+
+    op = "norm_qkv"
 
     def __init__(self, norm_layer: RMSNorm, qkv_proj: QKVParallelLinear) -> None:
         if reason := why_not_fused(norm_layer, qkv_proj):
             raise ValueError(f"RMSNorm and QKV projection cannot be fused: {reason}")
         self.norm_layer = norm_layer
         self.qkv_proj = qkv_proj
-        # After loading, vLLM's CPU backend packs the weight and leaves `qkv_proj.weight` empty: keep the loaded
-        # parameter there, and only there.  On CUDA the weight is looked up at each call, so that reloading and
-        # sleep mode stay right.
-        self._cpu_weight = qkv_proj.weight if qkv_proj.weight.device.type == "cpu" else None
+        self._refer_to(qkv_proj)
+
+    @staticmethod
+    def standing(layer: Any) -> Any:
+        return layer.self_attn.qkv_proj
+
+    def prepare(self) -> Any:
+        """The kernel, compiled now, or a sentence why there is none."""
+        n, k = self.proj.weight.shape
+        return mirage_ops.prepare_gemm("rms_norm_linear", k, n, self.proj.weight.dtype, self.proj.weight.device)
 
     def __call__(self, hidden_states: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """hidden_states, residual: [num_tokens, hidden] → (qkv, the new residual)."""
+        """hidden_states, residual: [num_tokens, hidden] → (qkv [num_tokens, (q+2kv)·head_dim], the new residual)."""
         norm_weight, eps = self.norm_layer.weight, self.norm_layer.variance_epsilon
-        qkv_weight = self.qkv_proj.weight if self._cpu_weight is None else self._cpu_weight
         if residual is None:
-            return torch.ops.vllm_mirage.norm_qkv(hidden_states, norm_weight, qkv_weight, eps), hidden_states
-        return torch.ops.vllm_mirage.add_norm_qkv(hidden_states, residual, norm_weight, qkv_weight, eps)
+            return torch.ops.vllm_mirage.norm_qkv(hidden_states, norm_weight, self._weight(), eps), hidden_states
+        return torch.ops.vllm_mirage.add_norm_qkv(hidden_states, residual, norm_weight, self._weight(), eps)
+
+
+class FusedRMSNormGateUpSiLU(_StandIn):
+    """A decoder layer's post_attention_layernorm, gate_up_proj and SiLU·mul."""
+
+    op = "norm_gate_up"
+
+    def __init__(self, norm_layer: RMSNorm, gate_up_proj: MergedColumnParallelLinear) -> None:
+        self.norm_layer = norm_layer
+        self._refer_to(gate_up_proj)
+
+    @staticmethod
+    def standing(layer: Any) -> Any:
+        return layer.mlp.gate_up_proj
+
+    def prepare(self) -> Any:
+        rows, k = self.proj.weight.shape
+        return mirage_ops.prepare_gemm("rms_norm_gate_up_silu", k, rows // 2, self.proj.weight.dtype, self.proj.weight.device)
+
+    def __call__(self, hidden_states: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """hidden_states, residual: [num_tokens, hidden] → (silu(gate)·up [num_tokens, intermediate], the new residual)."""
+        norm_weight, eps = self.norm_layer.weight, self.norm_layer.variance_epsilon
+        return torch.ops.vllm_mirage.add_norm_gate_up_silu(hidden_states, residual, norm_weight, self._weight(), eps)
+
+
+class FusedLinear(_StandIn):
+    """A decoder layer's o_proj or down_proj: K is split inside a block or cluster, so that no second kernel adds the parts.
+
+    The residual is added by the norm that follows, in the kernel that normalises: with tensor parallelism the all-reduce
+    lies between them, and above the kernels' token limit that is where stock vLLM adds it at no cost of its own.
+    """
+
+    def __init__(self, proj: RowParallelLinear) -> None:
+        self.op = _suffix(proj)
+        self._refer_to(proj)
+
+    def standing(self, layer: Any) -> Any:
+        return layer.self_attn.o_proj if self.op == "o_proj" else layer.mlp.down_proj
+
+    def prepare(self) -> Any:
+        n, k = self.proj.weight.shape
+        return mirage_ops.prepare_gemm("linear", k, n, self.proj.weight.dtype, self.proj.weight.device)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [num_tokens, k] → [num_tokens, n], summed over the tensor-parallel ranks."""
+        out = torch.ops.vllm_mirage.linear(x, self._weight(), self.op)
+        return tensor_model_parallel_all_reduce(out) if self.proj.tp_size > 1 else out
+
+
+class FusedAttention(_StandIn):
+    """A decoder layer's q_norm, k_norm, rotary_emb, KV-cache write and attention."""
+
+    op = "attention"
+
+    def __init__(self, attention: Any) -> None:
+        self.attention = attention
+        self.proj = attention.attn
+        self.layer_name = _encode_layer_name(attention.attn.layer_name)
+        config = get_current_vllm_config_or_none()
+        splitting = config.compilation_config.splitting_ops if config is not None else None
+        if splitting and mirage_ops.SPLITTING_OP not in splitting:  # piecewise graphs stop before vLLM's attention: before ours, too
+            splitting.append(mirage_ops.SPLITTING_OP)
+
+    @staticmethod
+    def standing(layer: Any) -> Any:
+        return layer.self_attn.attn
+
+    def prepare(self) -> Any:
+        weight = self.attention.q_norm.weight
+        return mirage_ops.prepare_attention(self.attention.num_heads, self.attention.num_kv_heads, weight.dtype, weight.device)
+
+    def __call__(self, positions: torch.Tensor, qkv: torch.Tensor) -> torch.Tensor:
+        """positions [num_tokens], qkv [num_tokens, (q+2kv)·head_dim] → [num_tokens, q·head_dim]"""
+        a = self.attention
+        angles, eps = a.rotary_emb.cos_sin_cache, a.q_norm.variance_epsilon
+        weights = a.q_norm.weight, a.k_norm.weight
+        heads = a.num_heads, a.num_kv_heads
+        qk = torch.ops.vllm_mirage.qk_norm_rope_cache(qkv, positions, *weights, angles, eps, *heads, self.layer_name)
+        output = torch.empty((qkv.shape[0], a.q_size), dtype=qkv.dtype, device=qkv.device)
+        torch.ops.vllm_mirage.decode_attention(qkv, qk, positions, *weights, angles, output, eps, *heads, self.layer_name)
+        return output
 
 
 # ------------------------------------------------------------------------------------------------- plan of a layer
@@ -374,16 +408,16 @@ class LayerPlan:
     name: str  # "model.layers.0"
     op: str
     layer: weakref.ReferenceType
-    fused: FusedRMSNormQKV | None
+    fused: Any  # a stand-in, or None
     kernel: str | None
     reason: str | None  # why the stock path, or why no kernel
 
     def replaced(self) -> str | None:
-        """The class now standing in qkv_proj's place, if the layer was changed after it was built."""
+        """The class now standing in the projection's place, if the layer was changed after it was built."""
         layer = self.layer()
-        if self.fused is None or layer is None or layer.self_attn.qkv_proj is self.fused.qkv_proj:
+        if self.fused is None or layer is None or self.fused.in_place(layer):
             return None
-        return type(layer.self_attn.qkv_proj).__name__
+        return type(self.fused.standing(layer)).__name__
 
     def path(self) -> str:
         return "stock" if self.fused is None or self.replaced() else "fused"
@@ -391,74 +425,105 @@ class LayerPlan:
     def report(self) -> dict[str, str | None]:
         kernel, reason = self.kernel, self.reason
         if replacement := self.replaced():
-            kernel, reason = None, f"qkv_proj was replaced by {replacement} after the layer was built"
+            kernel, reason = None, f"{_suffix(self.fused.proj)} was replaced by {replacement} after the layer was built"
         return {"name": self.name, "op": self.op, "path": self.path(), "kernel": kernel, "reason": reason}
 
 
-_plans: dict[str, LayerPlan] = {}
+_plans: dict[tuple[str, str], LayerPlan] = {}
 
 
-def fuse_norm_qkv(layer: Any, forward: Any, num_layers: int) -> FusedRMSNormQKV | None:
-    """Decide the path of a decoder layer that was just built; None is the stock path.
+def fuse_layer(layer: Any, forward: Any, attention_class: type, mlp_class: type, num_layers: int) -> dict[str, Any]:
+    """Decide the path of each op of a decoder layer that was just built: the stand-ins by op; an op that is not there is stock.
 
-    forward: the forward that knows `fused_norm_qkv`; a subclass with another one takes the stock path.
-    num_layers: decoder layers of the whole model; after this rank's last one the engine's INFO line is logged.
-    Raises RuntimeError with VLLM_USE_MIRAGE=strict when the layer may not be fused or has no kernel.
+    forward: the forward that knows the stand-ins; a subclass with another one takes the stock path, and so does a layer
+    whose attention or MLP is another class than those two.  num_layers: decoder layers of the whole model; after this
+    rank's last one the engine's INFO line is logged.
+    Raises RuntimeError with VLLM_USE_MIRAGE=strict when an op may not be fused or has no kernel.
     """
     name = layer.self_attn.qkv_proj.prefix.removesuffix(".self_attn.qkv_proj")
-    if name in _plans:  # a new model in this process: the former one's plans and calls are history
+    if (name, OPS[0]) in _plans:  # a new model in this process: the former one's plans and calls are history
         _plans.clear()
-        _calls.update(dict.fromkeys(_calls, 0))
-    plan = _plan_norm_qkv(name, layer, forward)
-    _plans[name] = plan
-    if mirage_switch() == "strict" and plan.kernel is None and plan.op in enabled_ops():
-        raise RuntimeError(
-            f"{SWITCH}=strict, but {name} cannot run a Mirage kernel: {plan.reason}; "
-            f"export {SWITCH}=1 to let it run without"
-        )
+        mirage_ops.calls.update(dict.fromkeys(mirage_ops.calls, 0))
+    common = _why_not_layer(layer, forward, attention_class, mlp_class)
+    for op in OPS:
+        plan = _plan_op(op, name, layer, common)
+        _plans[name, op] = plan
+        if mirage_switch() == "strict" and plan.kernel is None and op in enabled_ops():
+            raise RuntimeError(
+                f"{SWITCH}=strict, but {op} of {name} cannot run a Mirage kernel: {plan.reason}; "
+                f"export {SWITCH}=1 to let it run without"
+            )
     _answer_collective_rpc()
     _log_when_last(name, num_layers)
-    return plan.fused
+    return {op: _plans[name, op].fused for op in OPS if _plans[name, op].fused is not None}
 
 
-def _plan_norm_qkv(name: str, layer: Any, forward: Any) -> LayerPlan:
-    fused, kernel, reason = None, None, _why_not_layer(layer, forward)
+def _plan_op(op: str, name: str, layer: Any, common: str | None) -> LayerPlan:
+    reason = common or (f"{OPS_SWITCH} leaves {op} out" if op not in enabled_ops() else _why_not_op(op, layer))
+    fused, kernel = None, None
     if reason is None:
-        fused = FusedRMSNormQKV(layer.input_layernorm, layer.self_attn.qkv_proj)
-        weight = layer.self_attn.qkv_proj.weight
-        n, k = weight.shape
-        prepared = prepare_kernel(k, n, weight.dtype, weight.device)
+        fused = _stand_in(op, layer)
+        prepared = fused.prepare()
         if isinstance(prepared, str):
-            reason = f"no kernel for {k}→{n} {str(weight.dtype).removeprefix('torch.')}: {prepared}"
+            reason = f"no kernel: {prepared}"
+            if not current_platform.is_cpu():
+                fused = None  # stock at stock's cost; on the CPU the op runs all the same, which is how it is tested without a GPU
         else:
             kernel = prepared.name
-    return LayerPlan(name, "norm_qkv", weakref.ref(layer), fused, kernel, reason)
+    return LayerPlan(name, op, weakref.ref(layer), fused, kernel, reason)
 
 
-def _why_not_layer(layer: Any, forward: Any) -> str | None:
+def _why_not_op(op: str, layer: Any) -> str | None:
+    attention, mlp = layer.self_attn, layer.mlp
+    if op == "norm_qkv":
+        return why_not_fused(layer.input_layernorm, attention.qkv_proj)
+    if op == "attention":
+        return why_not_attention(attention)
+    if op == "o_proj":
+        return why_not_linear(attention.o_proj)
+    if op == "down_proj":
+        return why_not_linear(mlp.down_proj)
+    if type(mlp.act_fn) is not SiluAndMul:
+        return f"the activation is {type(mlp.act_fn).__name__}, not SiluAndMul"
+    names = ("gate_proj", "up_proj")
+    return _why_not_norm_gemm(layer.post_attention_layernorm, mlp.gate_up_proj, MergedColumnParallelLinear, names)
+
+
+def _stand_in(op: str, layer: Any) -> Any:
+    if op == "norm_qkv":
+        return FusedRMSNormQKV(layer.input_layernorm, layer.self_attn.qkv_proj)
+    if op == "attention":
+        return FusedAttention(layer.self_attn)
+    if op == "norm_gate_up":
+        return FusedRMSNormGateUpSiLU(layer.post_attention_layernorm, layer.mlp.gate_up_proj)
+    return FusedLinear(layer.self_attn.o_proj if op == "o_proj" else layer.mlp.down_proj)
+
+
+def _why_not_layer(layer: Any, forward: Any, attention_class: type, mlp_class: type) -> str | None:
     if not is_mirage_enabled():
         return f"{SWITCH}=0"
-    if "norm_qkv" not in enabled_ops():
-        return f"{OPS_SWITCH} leaves norm_qkv out"
     if type(layer).forward is not forward:
         return f"{type(layer).__name__} has a forward of its own"
-    return why_not_fused(layer.input_layernorm, layer.self_attn.qkv_proj)
+    for part, expected in ((layer.self_attn, attention_class), (layer.mlp, mlp_class)):
+        if type(part) is not expected:
+            return f"a part of the layer is {type(part).__name__}, not {expected.__name__}"
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------------- report
 def mirage_report() -> dict[str, Any]:
     """What runs in this process, ready for JSON.
 
-    layers: one entry for each decoder layer of the model built last on this rank.  calls: how often each body of
-    an op ran in Python since that model was begun (a replayed CUDA graph counts once, when it is captured).
+    layers: one entry for each op of each decoder layer of the model built last on this rank.  calls: how often each body
+    of an op ran in Python since that model was begun (a replayed CUDA graph counts once, when it is captured).
     """
     return {
         "switch": mirage_switch(),
         "overlay_version": OVERLAY_VERSION,
         "rank": torch.distributed.get_rank() if torch.distributed.is_initialized() else 0,
         "layers": [plan.report() for plan in _plans.values()],
-        "kernels": [_describe(key, kernel) for key, kernel in _kernels.items()],
-        "calls": dict(_calls),
+        "kernels": [_describe(key, kernel) for key, kernel in mirage_ops.kernels.items()],
+        "calls": dict(mirage_ops.calls),
     }
 
 
@@ -477,12 +542,12 @@ def _answer_collective_rpc() -> None:
     WorkerBase.mirage_report = lambda worker: mirage_report()
 
 
-def _describe(key: tuple[int, int, torch.dtype, torch.device], kernel: Any) -> dict[str, Any]:
-    k, n, dtype, device = key
-    shape = {"k": k, "n": n, "dtype": str(dtype).removeprefix("torch."), "device": str(device)}
+def _describe(key: tuple, kernel: Any) -> dict[str, Any]:
+    op, first, second, dtype, device = key  # K and N of a GEMM, heads and KV heads of attention
+    shape = {"op": op, "shape": f"{first}x{second}", "dtype": str(dtype).removeprefix("torch."), "device": str(device)}
     if isinstance(kernel, str):
         return {**shape, "kernel": None, "reason": kernel}
-    return {**shape, "kernel": kernel.name, "max_tokens": kernel.max_tokens, "source_hash": kernel.source_hash}
+    return {**shape, "kernel": kernel.name, "max_tokens": kernel.max_tokens}
 
 
 def _log_when_last(name: str, num_layers: int) -> None:
@@ -496,13 +561,17 @@ def _log_when_last(name: str, num_layers: int) -> None:
 
 
 def _summary(plans: list[LayerPlan]) -> str:
-    """ "28 of 28 layers fused (norm_qkv, kernel …)", or why not."""
-    fused = sum(plan.fused is not None for plan in plans)
-    notes = []
+    """ "28 of 28 layers fused (norm_qkv: kernel …; attention: …)", or why not; an op's layers in one clause where they agree."""
+    layers = {plan.name for plan in plans}
+    fused = {plan.name for plan in plans if plan.fused is not None}
+    clauses: dict[str, list[str]] = {}
     for plan in plans:
-        note = f"kernel {plan.kernel}" if plan.kernel else str(plan.reason)
-        if plan.fused is not None:
-            note = f"{plan.op}, {note}" + ("" if plan.kernel else "; PyTorch runs inside the op")
-        if note not in notes:
-            notes.append(note)
-    return f"{fused} of {len(plans)} layers fused ({'; '.join(notes)})"
+        if plan.fused is None:
+            note = f"stock, {plan.reason}"
+        else:
+            note = f"kernel {plan.kernel}" if plan.kernel else f"{plan.reason}; PyTorch runs inside the op"
+        ops = clauses.setdefault(note, [])
+        if plan.op not in ops:
+            ops.append(plan.op)
+    text = "; ".join(f"{', '.join(ops)}: {note}" for note, ops in clauses.items())
+    return f"{len(fused)} of {len(layers)} layers fused ({text})"

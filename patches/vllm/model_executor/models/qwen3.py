@@ -3,7 +3,7 @@
 
 The release's own file stands beside this one as `qwen3_stock.py` (install.sh moves it there) and is used as it
 is: its attention, MLP, model, weight loading.  Only `Qwen3DecoderLayer` is subclassed, and its stock forward runs
-whenever the layer has no `fused_norm_qkv`, which is always so with VLLM_USE_MIRAGE=0.
+whenever none of its ops is fused, which is always so with VLLM_USE_MIRAGE=0.
 """
 
 import torch
@@ -28,12 +28,15 @@ if not hasattr(stock, "Qwen3ForCausalLM"):
 
 
 class Qwen3DecoderLayer(stock.Qwen3DecoderLayer):
-    """norm → qkv → attention → o_proj → norm → mlp, the first two as one op where the layer may be fused."""
+    """norm → qkv → attention → o_proj → norm → mlp, each step an op of the fused path or vLLM's own modules."""
 
     def __init__(self, config, *args, **kwargs) -> None:
         super().__init__(config, *args, **kwargs)
-        # None: stock path.  A plain object, not a module: it adds no parameter and no name.
-        self.fused_norm_qkv = mirage.fuse_norm_qkv(self, Qwen3DecoderLayer.forward, config.num_hidden_layers)
+        # Stand-ins by op; empty: stock path.  Plain objects, not modules: they add no parameter and no name.
+        self.fused = mirage.fuse_layer(
+            self, Qwen3DecoderLayer.forward, stock.Qwen3Attention, stock.Qwen3MLP, config.num_hidden_layers
+        )
+        self.fused_norm_qkv = self.fused.get("norm_qkv")
 
     def forward(
         self,
@@ -41,22 +44,48 @@ class Qwen3DecoderLayer(stock.Qwen3DecoderLayer):
         hidden_states: torch.Tensor,  # [num_tokens, hidden]
         residual: torch.Tensor | None,  # [num_tokens, hidden]; None in the first layer
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        attn, fused = self.self_attn, self.fused_norm_qkv
-        # LoRA, for one, puts a wrapper in the projection's place after the layer was built.
-        if fused is None or fused.qkv_proj is not attn.qkv_proj:
+        # LoRA, for one, puts a wrapper in a projection's place after the layer was built.
+        fused = {op: stand_in for op, stand_in in self.fused.items() if stand_in.in_place(self)}
+        if not fused:
             return super().forward(positions, hidden_states, residual)
+        attn, mlp = self.self_attn, self.mlp
 
-        qkv, residual = fused(hidden_states, residual)  # [num_tokens, (q+2kv)·head_dim], [num_tokens, hidden]
+        if "norm_qkv" in fused:
+            qkv, residual = fused["norm_qkv"](hidden_states, residual)  # [num_tokens, (q+2kv)·head_dim], [num_tokens, hidden]
+        else:
+            hidden_states, residual = normalised(self.input_layernorm, hidden_states, residual)
+            qkv, _ = attn.qkv_proj(hidden_states)
 
-        q, k, v = qkv.split([attn.q_size, attn.kv_size, attn.kv_size], dim=-1)
-        q = attn.q_norm(q.view(*q.shape[:-1], -1, attn.head_dim)).view(q.shape)  # normalised per head
-        k = attn.k_norm(k.view(*k.shape[:-1], -1, attn.head_dim)).view(k.shape)
-        q, k = attn.rotary_emb(positions, q, k)
-        hidden_states, _ = attn.o_proj(attn.attn(q, k, v))  # [num_tokens, hidden]
+        if "attention" in fused and positions.dim() == 1:
+            hidden_states = fused["attention"](positions, qkv)  # [num_tokens, q·head_dim]
+        else:
+            q, k, v = qkv.split([attn.q_size, attn.kv_size, attn.kv_size], dim=-1)
+            q = attn.q_norm(q.view(*q.shape[:-1], -1, attn.head_dim)).view(q.shape)  # normalised per head
+            k = attn.k_norm(k.view(*k.shape[:-1], -1, attn.head_dim)).view(k.shape)
+            q, k = attn.rotary_emb(positions, q, k)
+            hidden_states = attn.attn(q, k, v)
 
-        hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
-        hidden_states = self.mlp(hidden_states)
-        return hidden_states, residual
+        if "o_proj" in fused:
+            hidden_states = fused["o_proj"](hidden_states)  # [num_tokens, hidden]
+        else:
+            hidden_states, _ = attn.o_proj(hidden_states)
+
+        if "norm_gate_up" in fused:
+            hidden_states, residual = fused["norm_gate_up"](hidden_states, residual)  # [num_tokens, intermediate], …
+        else:
+            hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
+            hidden_states = mlp.act_fn(mlp.gate_up_proj(hidden_states)[0])
+
+        if "down_proj" in fused:
+            return fused["down_proj"](hidden_states), residual
+        return mlp.down_proj(hidden_states)[0], residual
+
+
+def normalised(
+    norm: torch.nn.Module, hidden_states: torch.Tensor, residual: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(norm of hidden_states + residual, that sum), as stock does it: the first layer has no residual yet."""
+    return (norm(hidden_states), hidden_states) if residual is None else norm(hidden_states, residual)
 
 
 stock.Qwen3DecoderLayer = Qwen3DecoderLayer  # up to 0.31 the model looks the layer up in its module

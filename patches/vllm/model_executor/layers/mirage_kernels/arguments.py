@@ -9,6 +9,7 @@ from pathlib import Path
 ARGUMENTS: dict[str, list[str]] = json.loads((Path(__file__).parent / "kernels.json").read_text())
 SCALARS = {
     "num_tokens": ctypes.c_int,
+    "page_size": ctypes.c_int,
     "table_stride": ctypes.c_int,
     "page_stride": ctypes.c_longlong,
     "token_stride": ctypes.c_longlong,

@@ -18,12 +18,12 @@ struct Arguments {
   void const *G_k;      // [128]
   void const *cos_sin;  // [positions, 128]: 64 cosines, 64 sines
   void const *positions;     // int64 [num_tokens]
-  void *cache;               // pages of MIRAGE_PAGE tokens; a token's key, then its value, 128 elements each
+  void *cache;               // pages of page_size tokens, a multiple of 16; a token's key, then its value, 128 elements each
   void const *slots;         // int64 [num_tokens]: where the new token goes; negative: nowhere
   void const *block_table;   // int32 [num_tokens, table_stride]
   void const *seq_lens;      // int32 [num_tokens], the new token included; 0: a row of padding
   long long page_stride, token_stride, head_stride;  // of the cache, in elements
-  int table_stride;
+  int page_size, table_stride;
   int num_tokens;
   float eps, scale;
 };
@@ -32,9 +32,8 @@ namespace mirage {
 constexpr int kHead = 128;
 struct Attention {
   static constexpr int HEADS = MIRAGE_HEADS, KV_HEADS = MIRAGE_KV_HEADS, GROUP = HEADS / KV_HEADS, CLUSTER = MIRAGE_CLUSTER, WARPS = MIRAGE_WARPS;
-  static constexpr int THREADS = WARPS * kWarp, PAGE = MIRAGE_PAGE, TILE = 16, QKV = (HEADS + 2 * KV_HEADS) * kHead;
+  static constexpr int THREADS = WARPS * kWarp, TILE = 16, QKV = (HEADS + 2 * KV_HEADS) * kHead;
   static_assert(GROUP * KV_HEADS == HEADS && GROUP <= 8, "8 q heads of a KV head are the rows of one mma");
-  static_assert(PAGE % TILE == 0, "a tile lies in one page");
   static_assert(GROUP * kHead / 2 % CLUSTER == 0, "a cluster's blocks share the output in pairs");
   // shared memory: each warp's partial output, maximum and sum | the new token's scores | every block's partial output, maximum and sum
   static constexpr int PART = GROUP * (kHead + 2), SHARE = GROUP * kHead / CLUSTER, REMOTE = SHARE + 2 * GROUP;
@@ -123,8 +122,8 @@ extern "C" __global__ void __launch_bounds__(mirage::A::THREADS) decode_attentio
   const int tiles = (cached + A::TILE - 1) / A::TILE, stride = A::WARPS * A::CLUSTER;
   auto base_of = [&](int tile) {
     const int first = tile * A::TILE;
-    const int page = static_cast<int const *>(args.block_table)[static_cast<uint64_t>(token) * args.table_stride + first / A::PAGE];
-    return static_cast<uint64_t>(page) * args.page_stride + first % A::PAGE * args.token_stride + kv_head * args.head_stride;
+    const int page = static_cast<int const *>(args.block_table)[static_cast<uint64_t>(token) * args.table_stride + first / args.page_size];
+    return static_cast<uint64_t>(page) * args.page_stride + first % args.page_size * args.token_stride + kv_head * args.head_stride;
   };
   int tile = warp * A::CLUSTER + rank;  // consecutive tiles on different multiprocessors
   Tile now;
@@ -170,7 +169,7 @@ extern "C" __global__ void __launch_bounds__(mirage::A::THREADS) decode_attentio
       MIRAGE_UNROLL
       for (int i = 0; i < kVector; ++i) score += a[i] * b[i];
       if (target >= 0 && row == 0) {
-        const uint64_t there = static_cast<uint64_t>(target / A::PAGE) * args.page_stride + target % A::PAGE * args.token_stride +
+        const uint64_t there = static_cast<uint64_t>(target / args.page_size) * args.page_stride + target % args.page_size * args.token_stride +
                                kv_head * args.head_stride + s * kStep + quad * kVector;
         store_global(element(args.cache, there), rounded);
         store_global(element(args.cache, there + kHead), load_global(element(args.QKV, new_value + s * kStep + quad * kVector)));

@@ -5,10 +5,11 @@
 `./install.sh --tune`, lies in the cache folder and wins over the shipped one.
 """
 
+import itertools
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,8 +17,52 @@ TABLE = Path(__file__).parent / "plans.json"
 COLUMNS = 8  # tokens of one mma
 ROW_TILE = 16  # weight rows of one mma
 STEP = 32  # k of one 16-byte load by four lanes
+HEAD_DIM = 128  # the head that decode_attention.cu is written for
 REGISTERS = 65536  # 32-bit registers of a multiprocessor, sm_80 and up
 SHARED_BYTES = 99 * 1024  # shared memory of a block that every architecture from sm_80 on grants
+
+
+@dataclass(frozen=True)
+class GemmOp:
+    """An op around a skinny GEMM.
+
+    weights   weights [n, k] that lie one behind the other in the weight tensor; n counts the columns of one
+    sources   by schedule: for each variant (with residual; where the op has it, without) the kernels that run in order
+    """
+
+    weights: int
+    sources: dict[str, tuple[tuple[str, ...], ...]]
+
+
+GEMM_OPS = {
+    "rms_norm_linear": GemmOp(
+        1,
+        {
+            "fused": (("rms_norm_linear",), ("rms_norm_linear_first",)),
+            "split": (("rms_norm", "linear"), ("rms_norm_first", "linear")),
+        },
+    ),
+    "rms_norm_gate_up_silu": GemmOp(2, {"fused": (("rms_norm_gate_up_silu",),), "split": (("rms_norm", "gate_up_silu"),)}),
+    "linear": GemmOp(1, {"split": (("linear",),)}),
+}
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """How decode attention runs for up to `max_num_tokens` requests: blocks that share a KV head of a request, and warps of a block."""
+
+    max_num_tokens: int
+    cluster: int
+    warps: int
+
+    def defines(self, heads: int, kv_heads: int) -> dict[str, int]:
+        """The macros that bind decode_attention.cu to this plan."""
+        return {
+            "MIRAGE_HEADS": heads,
+            "MIRAGE_KV_HEADS": kv_heads,
+            "MIRAGE_CLUSTER": self.cluster,
+            "MIRAGE_WARPS": self.warps,
+        }
 
 
 @dataclass(frozen=True)
@@ -31,8 +76,9 @@ class Plan:
     cluster         blocks that share a cluster's iterations (sm_90 and up; 1 elsewhere)
     warps           warps of a block; they share an iteration's K
     stages          steps of 32 k that a warp has in flight
-    prefetch        further iterations asked into L2 at the start
-    blocks_per_sm   blocks that must fit on a multiprocessor
+    early           steps of weights asked for before the previous kernel has finished
+    prefetch        further iterations asked into L2 before that
+    blocks_per_sm   blocks that must fit on a multiprocessor; more than the grid fills leave room for the next kernel to start in
     """
 
     max_num_tokens: int
@@ -42,6 +88,7 @@ class Plan:
     cluster: int
     warps: int
     stages: int
+    early: int
     prefetch: int
     blocks_per_sm: int
 
@@ -56,9 +103,7 @@ class Plan:
             "MIRAGE_CLUSTER": self.cluster,
             "MIRAGE_WARPS": self.warps,
             "MIRAGE_STAGES": self.stages,
-            # behind a norm kernel the first weights may be loaded before the activations are there; in front of its own prologue
-            # that mostly makes the activations wait (H200: K 1024, 8 tokens 4.9 against 4.6 µs; K 4096, 1 token 14.9 against 15.0)
-            "MIRAGE_EARLY": self.stages if self.schedule == "split" else 0,
+            "MIRAGE_EARLY": self.early,
             "MIRAGE_PREFETCH": self.prefetch,
             "MIRAGE_OCCUPANCY": self.blocks_per_sm,
         }
@@ -97,79 +142,89 @@ def read_table(path: Path) -> dict:
 
 def plans_for(op: str, k: int, n: int, arch: str) -> list[Plan] | str:
     """Plans by rising token limit, or one sentence why there are none. Above the last limit the stock path is faster or unmeasured."""
-    shape, known = f"{k}x{n}", set()
+    found = _measured(op, f"{k}x{n}", arch)
+    if isinstance(found, str):
+        return found
+    if found is not None:
+        return [Plan(**entry) for entry in found]
+    plans = [plan for limit in (8, 16) if (plan := heuristic(op, k, n, limit)) is not None]
+    return plans or f"no plan divides K {k} and N {n}"
+
+
+def attention_plans_for(heads: int, kv_heads: int, arch: str) -> list[AttentionPlan] | str:
+    """The same for decode attention with that many heads on this GPU."""
+    found = _measured("decode_attention", f"{heads}x{kv_heads}", arch)
+    if isinstance(found, str):
+        return found
+    if found is None:
+        return f"no plan is measured for {heads} heads over {kv_heads} on {arch}"
+    return [AttentionPlan(**entry) for entry in found]
+
+
+def _measured(op: str, shape: str, arch: str) -> list[dict] | str | None:
+    """The table's entry for a shape, the user's before the shipped one; None if nobody measured it; a sentence if no kernel should run."""
+    known: set[str] = set()
     for path in (user_table(), TABLE):
         ops = read_table(path).get(arch, {})
         known |= ops.keys()
         if shape in ops.get(op, {}):
-            plans = [Plan(**entry) for entry in ops[op][shape]]
-            return plans or f"no kernel was faster than the stock path for {shape} on {arch}"
-    if op not in known:
-        return f"no plan is measured for {arch}; ./install.sh --tune measures them on this GPU"
-    plans = [plan for limit in (8, 16) if (plan := heuristic(k, n, limit)) is not None]
-    return plans or f"no plan divides K {k} and N {n}"
+            return ops[op][shape] or f"no kernel was faster than the stock path for {shape} on {arch}"
+    return None if op in known else f"no plan is measured for {arch}; ./install.sh --tune measures them on this GPU"
 
 
-def to_table(plans: list[Plan]) -> list[dict]:
+def to_table(plans: Iterable[Plan] | Iterable[AttentionPlan]) -> list[dict]:
     """Plans as the table holds them."""
     return [asdict(plan) for plan in plans]
 
 
-def candidates(k: int, n: int, max_num_tokens: int, schedule: str, multiprocessors: int = 132) -> Iterator[Plan]:
+def candidates(op: str, k: int, n: int, max_num_tokens: int, schedule: str, multiprocessors: int = 132) -> Iterator[Plan]:
     """Every plan worth measuring for a shape: tiles that divide, registers and shared memory that fit, most multiprocessors busy."""
-    found = list(_fitting(k, n, max_num_tokens, schedule, multiprocessors))
-    busy = [plan for plan in found if plan.grid * plan.cluster >= 0.72 * multiprocessors * plan.blocks_per_sm]
+    found = list(_fitting(op, k, n, max_num_tokens, schedule, multiprocessors))
+    busy = [plan for plan in found if plan.grid * plan.cluster >= 0.72 * multiprocessors]
     if not busy and found:  # a narrow shard: as many blocks as it gives
         most = max(plan.grid * plan.cluster for plan in found)
-        fewest = min(plan.blocks_per_sm for plan in found if plan.grid * plan.cluster == most)
-        busy = [plan for plan in found if plan.grid * plan.cluster == most and plan.blocks_per_sm == fewest]
+        busy = [plan for plan in found if plan.grid * plan.cluster == most]
     yield from busy
 
 
-def _fitting(k: int, n: int, max_num_tokens: int, schedule: str, multiprocessors: int) -> Iterator[Plan]:
+def _fitting(op: str, k: int, n: int, max_num_tokens: int, schedule: str, multiprocessors: int) -> Iterator[Plan]:
+    weights = GEMM_OPS[op].weights
     tokens = round_up(max_num_tokens, COLUMNS)
     columns = tokens // COLUMNS
-    for cluster in (1, 2, 4):
-        for warps in (4, 8, 16):
-            if k % (cluster * warps * STEP):
+    for cluster, warps, blocks_per_sm in itertools.product((1, 2, 4), (4, 8, 16), (1, 2, 3, 4)):
+        if k % (cluster * warps * STEP) or not 8 <= warps * blocks_per_sm <= 32:
+            continue
+        steps = k // (cluster * warps * STEP)
+        for tiles in (t for t in range(1, 17 // weights) if n % (t * ROW_TILE) == 0 and t * ROW_TILE % (2 * cluster) == 0):
+            grid, row_tiles = n // (tiles * ROW_TILE), tiles * weights
+            if grid * cluster > multiprocessors * blocks_per_sm:
                 continue
-            steps = k // (cluster * warps * STEP)
-            for blocks_per_sm in (1, 2, 3):
-                if not 8 <= warps * blocks_per_sm <= 32:
-                    continue
-                for tiles in (t for t in range(1, 17) if n % (t * ROW_TILE) == 0 and t * ROW_TILE % (2 * cluster) == 0):
-                    grid = n // (tiles * ROW_TILE)
-                    if grid * cluster > multiprocessors * blocks_per_sm:
-                        continue
-                    registers = min(255, REGISTERS // (warps * 32 * blocks_per_sm))
-                    per_stage = tiles * 8 + (columns * 8 + 4 if schedule == "fused" else columns * 4)
-                    stages = min(steps, (registers - tiles * columns * 4 - 28) // per_stage)
-                    rows = tiles * ROW_TILE
-                    shared = warps * tokens * (rows + 4) * 4 + tokens * warps * cluster * 4 + tokens * rows * 4
-                    if stages < 1 or shared * blocks_per_sm > 220 * 1024 or shared > SHARED_BYTES:
-                        continue
-                    # two steps side by side read whole 128-byte lines: 4.6 against 5.0 µs (K 1024, 8 tokens, H200)
-                    for units in (2, 1) if steps % 2 == 0 else (1,):
-                        for stage in sorted({stages, min(stages, 2), 1}):
-                            for prefetch in (0, 2) if schedule == "split" and steps > stage and units == 1 else (0,):
-                                iterations = steps // units * cluster
-                                yield Plan(max_num_tokens, schedule, grid, iterations, cluster, warps, stage, prefetch, blocks_per_sm)
+            registers = min(255, REGISTERS // (warps * 32 * blocks_per_sm))
+            per_stage = row_tiles * 8 + (columns * 8 + 4 if schedule == "fused" else columns * 4)
+            stages = min(steps, (registers - row_tiles * columns * 4 - 28) // per_stage)
+            rows = row_tiles * ROW_TILE
+            shared = warps * tokens * (rows + 4) * 4 + tokens * warps * cluster * 4 + tokens * rows * 4
+            if stages < 1 or shared * blocks_per_sm > 220 * 1024 or shared > SHARED_BYTES:
+                continue
+            # two steps side by side read whole 128-byte lines: 4.6 against 5.0 µs (K 1024, 8 tokens, H200)
+            for units in (2, 1) if steps % 2 == 0 else (1,):
+                iterations = steps // units * cluster
+                for stage in sorted({stages, min(stages, 2), 1}):
+                    for early in (stage, 0) if schedule == "fused" else (stage,):
+                        for prefetch in (0, 2, steps) if steps > early else (0,):
+                            yield Plan(max_num_tokens, schedule, grid, iterations, cluster, warps, stage, early, prefetch, blocks_per_sm)
 
 
-def distance(plan: Plan, k: int, n: int) -> float:
-    """How far a plan is from what won on an H200: every multiprocessor busy and some 48 KB of weights in flight on each; fused with 16
-    warps a block; split with several blocks a multiprocessor, and in clusters of 2 from 9 tokens and K 2560 on."""
-    row_tiles = n // plan.grid // ROW_TILE
-    in_flight = plan.blocks_per_sm * plan.warps * plan.stages * row_tiles * ROW_TILE * STEP * 2
-    idle = 1 - min(1.0, plan.grid * plan.cluster / (132 * plan.blocks_per_sm))
-    if plan.schedule == "fused":
-        cluster, shape = 1, 0.5 * (plan.warps != 16) + 0.2 * (plan.blocks_per_sm - 1)
-    else:
-        cluster = 2 if plan.max_num_tokens > COLUMNS and k >= 2560 else 1
-        shape = 0.2 * (plan.blocks_per_sm == 1) + 0.1 * (plan.warps == 16)
-    return 4 * idle + 0.5 * abs(math.log2(plan.cluster / cluster)) + 0.2 * abs(math.log2(in_flight / 49152)) + shape
+def distance(op: str, plan: Plan, k: int, n: int, multiprocessors: int = 132) -> float:
+    """How far a plan is from what won on an H200: every multiprocessor busy, and some 48 KB of weights in flight on each."""
+    blocks = plan.grid * plan.cluster
+    per_sm = math.ceil(blocks / multiprocessors)
+    row_tiles = GEMM_OPS[op].weights * n // plan.grid // ROW_TILE
+    in_flight = per_sm * plan.warps * plan.stages * row_tiles * ROW_TILE * STEP * 2
+    idle = 1 - blocks / (multiprocessors * per_sm)
+    return 4 * idle + 0.3 * math.log2(plan.cluster) + 0.2 * abs(math.log2(in_flight / 49152)) + 0.1 * (plan.prefetch > 0)
 
 
-def heuristic(k: int, n: int, max_num_tokens: int) -> Plan | None:
+def heuristic(op: str, k: int, n: int, max_num_tokens: int) -> Plan | None:
     """A plan for a shape that nobody measured."""
-    return min(candidates(k, n, max_num_tokens, "split"), key=lambda plan: distance(plan, k, n), default=None)
+    return min(candidates(op, k, n, max_num_tokens, "split"), key=lambda plan: distance(op, plan, k, n), default=None)

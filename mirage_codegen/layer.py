@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A decode step of Qwen3 decoder layers on this machine's GPU, without an engine: what plans are measured in.
+
+A kernel's time by itself says little: in a step it starts under its predecessor and its successor starts under it. So the step is measured
+whole: layers with weights and KV caches of their own, together several times the L2, in one CUDA graph, each op by its kernel or by the
+stock path (what Inductor makes of the stock layer, cuBLAS, vLLM's own cache write and FlashAttention).
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "patches/vllm/model_executor/layers"))
+from mirage_kernels import plans
+
+EPS, PAGE, HEAD_DIM = 1e-6, 16, plans.HEAD_DIM
+GEMMS = ("norm_qkv", "o_proj", "norm_gate_up", "down_proj")
+OPS = ("norm_qkv", "attention", "o_proj", "norm_gate_up", "down_proj")
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """A decoder layer of one tensor-parallel rank."""
+
+    hidden: int
+    heads: int
+    kv_heads: int
+    intermediate: int
+
+    def sharded(self, ranks: int) -> LayerShape:
+        """What one of `ranks` tensor-parallel ranks holds."""
+        return LayerShape(self.hidden, self.heads // ranks, max(1, self.kv_heads // ranks), self.intermediate // ranks)
+
+    def gemm(self, op: str) -> tuple[str, int, int]:
+        """(kernel op, K, N of one weight) of an op of the layer."""
+        return {
+            "norm_qkv": ("rms_norm_linear", self.hidden, (self.heads + 2 * self.kv_heads) * HEAD_DIM),
+            "o_proj": ("linear", self.heads * HEAD_DIM, self.hidden),
+            "norm_gate_up": ("rms_norm_gate_up_silu", self.hidden, self.intermediate),
+            "down_proj": ("linear", self.intermediate, self.hidden),
+        }[op]
+
+    def weight_bytes(self) -> int:
+        """Bytes of the layer's four weights in a 16-bit dtype."""
+        return sum(2 * plans.GEMM_OPS[kind].weights * k * n for kind, k, n in map(self.gemm, GEMMS))
+
+
+MODELS = {  # transformers' Qwen3Config
+    "0.6B": LayerShape(1024, 16, 8, 3072),
+    "1.7B": LayerShape(2048, 16, 8, 6144),
+    "4B": LayerShape(2560, 32, 8, 9728),
+    "8B": LayerShape(4096, 32, 8, 12288),
+    "14B": LayerShape(5120, 40, 8, 17408),
+    "32B": LayerShape(5120, 64, 8, 25600),
+}
+
+
+@torch.compile(dynamic=False)
+def stock_norm(hidden_states: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Residual add and RMSNorm with vLLM's rounding points."""
+    stream = hidden_states.float() + residual.float()
+    normed = stream * torch.rsqrt(stream.pow(2).mean(-1, keepdim=True) + EPS)
+    return normed.to(weight.dtype) * weight, stream.to(weight.dtype)
+
+
+@torch.compile(dynamic=False)
+def stock_silu(gate_up: torch.Tensor) -> torch.Tensor:
+    """SiLU·mul of the two halves."""
+    gate, up = gate_up.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+@torch.compile(dynamic=False)
+def stock_rope(
+    qkv: torch.Tensor, positions: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor, angles: torch.Tensor, heads: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q/k RMSNorm and RoPE: (q, k), [num_tokens, heads, head_dim]."""
+    x = qkv.view(qkv.shape[0], -1, HEAD_DIM)
+    kv_heads = (x.shape[1] - heads) // 2
+    cos, sin = angles[positions].unsqueeze(1).chunk(2, -1)
+
+    def one(part: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        normed = (part.float() * torch.rsqrt(part.float().pow(2).mean(-1, keepdim=True) + EPS)).to(weight.dtype) * weight
+        low, high = normed.chunk(2, -1)
+        return torch.cat([low * cos - high * sin, high * cos + low * sin], -1)
+
+    return one(x[:, :heads], q_weight), one(x[:, heads : heads + kv_heads], k_weight)
+
+
+class Cache:
+    """A paged KV cache of one layer, and what a decode step over it needs; requests' pages lie scattered."""
+
+    def __init__(self, shape: LayerShape, num_tokens: int, context: int, device: torch.device):
+        pages_each = math.ceil(context / PAGE)
+        pages = num_tokens * pages_each
+        memory = torch.empty((pages, PAGE, shape.kv_heads, 2 * HEAD_DIM), dtype=torch.bfloat16, device=device).normal_()
+        self.kv_cache = memory.permute(0, 2, 1, 3)  # vLLM's logical order over its default memory order
+        self.block_table = torch.randperm(pages, device=device).int().view(num_tokens, pages_each)
+        self.seq_lens = torch.full((num_tokens,), context, dtype=torch.int32, device=device)
+        self.positions = torch.full((num_tokens,), context - 1, dtype=torch.int64, device=device)
+        self.slots = self.block_table[:, (context - 1) // PAGE].long() * PAGE + (context - 1) % PAGE
+
+
+class Step:
+    """A decode step of `num_tokens` requests with `context` tokens each through `count` layers, a few weights taking turns."""
+
+    def __init__(self, shape: LayerShape, num_tokens: int, context: int, device: torch.device, copies: int = 0):
+        self.shape, self.num_tokens, self.context, self.device = shape, num_tokens, context, device
+        cache_bytes = num_tokens * context * shape.kv_heads * 2 * HEAD_DIM * 2
+        l2 = torch.cuda.get_device_properties(device).L2_cache_size
+        self.copies = copies or max(3, math.ceil(4 * l2 / (shape.weight_bytes() + cache_bytes)))
+        torch.manual_seed(0)
+
+        def draw(*size: int, scale: float = 1.0) -> torch.Tensor:
+            return (torch.empty(size, dtype=torch.bfloat16, device=device)).normal_(0, scale)
+
+        self.weights = [
+            {op: draw(n * plans.GEMM_OPS[kind].weights, k, scale=k**-0.5) for op in GEMMS for kind, k, n in [shape.gemm(op)]}
+            for _ in range(self.copies)
+        ]
+        self.gammas = [1 + draw(shape.hidden, scale=0.2) for _ in range(2)]
+        self.head_gammas = [1 + draw(HEAD_DIM, scale=0.2) for _ in range(2)]
+        self.caches = [Cache(shape, num_tokens, context, device) for _ in range(self.copies)]
+        angle = torch.arange(context, device=device)[:, None] * 1e6 ** (-torch.arange(64, device=device) / 64)[None]
+        self.angles = torch.cat([angle.cos(), angle.sin()], -1).bfloat16()
+        self.hidden_states, self.residual = draw(num_tokens, shape.hidden), draw(num_tokens, shape.hidden)
+        self._flash: Any = None
+
+    # One op of one layer, by a kernel or by the stock path
+
+    def norm_qkv(self, kernel: Any, i: int, x: torch.Tensor, r: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        weight = self.weights[i]["norm_qkv"]
+        if kernel is not None:
+            return kernel(x, r, self.gammas[0], weight, EPS)
+        normed, r = stock_norm(x, r, self.gammas[0])
+        return F.linear(normed, weight), r
+
+    def norm_gate_up(self, kernel: Any, i: int, x: torch.Tensor, r: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        weight = self.weights[i]["norm_gate_up"]
+        if kernel is not None:
+            return kernel(x, r, self.gammas[1], weight, EPS)
+        normed, r = stock_norm(x, r, self.gammas[1])
+        return stock_silu(F.linear(normed, weight)), r
+
+    def linear(self, op: str, kernel: Any, i: int, x: torch.Tensor) -> torch.Tensor:
+        weight = self.weights[i][op]
+        return kernel(x, weight) if kernel is not None else F.linear(x, weight)
+
+    def attention(self, kernel: Any, i: int, qkv: torch.Tensor) -> torch.Tensor:
+        cache = self.caches[i]
+        out = qkv.new_empty((self.num_tokens, self.shape.heads * HEAD_DIM))
+        if kernel is None:
+            return self._stock_attention(cache, qkv, out)
+        kernel(
+            qkv,
+            cache.positions,
+            *self.head_gammas,
+            self.angles,
+            cache.kv_cache,
+            cache.slots,
+            cache.block_table,
+            cache.seq_lens,
+            EPS,
+            HEAD_DIM**-0.5,
+            out,
+        )
+        return out
+
+    def _stock_attention(self, cache: Cache, qkv: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        from vllm import _custom_ops as vllm_ops
+        from vllm.v1.attention.backends import fa_utils
+
+        if self._flash is None:  # lengths and splits as vLLM's metadata builder asks for them under CUDA graphs
+            self._starts = torch.arange(self.num_tokens + 1, dtype=torch.int32, device=self.device)
+            self._one = torch.ones((), device=self.device)
+            self._schedule = None
+            version = fa_utils.get_flash_attn_version()
+            if version == 3:
+                self._schedule = fa_utils.get_scheduler_metadata(
+                    batch_size=self.num_tokens,
+                    max_seqlen_q=1,
+                    max_seqlen_k=self.context,
+                    num_heads_q=self.shape.heads,
+                    num_heads_kv=self.shape.kv_heads,
+                    headdim=HEAD_DIM,
+                    cache_seqlens=cache.seq_lens,
+                    qkv_dtype=qkv.dtype,
+                    cu_seqlens_q=self._starts,
+                    page_size=PAGE,
+                    causal=True,
+                    window_size=(-1, -1),
+                    num_splits=32,
+                )
+            self._flash = version
+        q, k = stock_rope(qkv, cache.positions, *self.head_gammas, self.angles, self.shape.heads)
+        v = qkv.view(self.num_tokens, -1, HEAD_DIM)[:, -self.shape.kv_heads :]
+        keys, values = cache.kv_cache.transpose(1, 2).split(HEAD_DIM, dim=-1)
+        vllm_ops.reshape_and_cache_flash(k, v, keys, values, cache.slots, "auto", self._one, self._one)
+        fa_utils.flash_attn_varlen_func(
+            q=q,
+            k=keys,
+            v=values,
+            out=out.view(self.num_tokens, -1, HEAD_DIM),
+            cu_seqlens_q=self._starts,
+            max_seqlen_q=1,
+            seqused_k=cache.seq_lens,
+            max_seqlen_k=self.context,
+            softmax_scale=HEAD_DIM**-0.5,
+            causal=True,
+            window_size=[-1, -1],
+            block_table=cache.block_table,
+            scheduler_metadata=self._schedule,
+            fa_version=self._flash,
+            num_splits=32 if self._flash == 3 else 0,
+        )
+        return out
+
+    def layer(self, kernels: Mapping[str, Any], i: int, x: torch.Tensor, r: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """One decoder layer with weights i; kernels by op, None for the stock path: (hidden_states, residual)."""
+        qkv, r = self.norm_qkv(kernels["norm_qkv"], i, x, r)
+        x = self.attention(kernels["attention"], i, qkv)
+        x = self.linear("o_proj", kernels["o_proj"], i, x)
+        x, r = self.norm_gate_up(kernels["norm_gate_up"], i, x, r)
+        return self.linear("down_proj", kernels["down_proj"], i, x), r
+
+    # Measuring
+
+    def time_us(self, kernels: Mapping[str, Any], replays: int = 7, layers: int = 24) -> float:
+        """Median time of one layer in µs, from replays of one CUDA graph of at least that many layers in a row."""
+        count = self.copies * math.ceil(layers / self.copies)
+
+        def run(steps: int) -> None:
+            x, r = self.hidden_states, self.residual
+            for i in range(steps):
+                x, r = self.layer(kernels, i % self.copies, x, r)
+
+        return graph_time_us(run, count, replays)
+
+
+def graph_time_us(run: Callable[[int], None], count: int, replays: int) -> float:
+    """run(count) in one CUDA graph: the median replay time over `count`, in µs."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        run(1)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            run(count)
+        graph.replay()
+        times = []
+        for _ in range(replays):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) * 1e3 / count)
+    return statistics.median(times)
