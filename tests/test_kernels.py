@@ -38,7 +38,8 @@ def nvrtc():
 
 
 def plan(tokens=8, grid=2, forloop=4, cluster=1, warps=4, stages=2, prefetch=0, schedule="split"):
-    return plans.Plan(tokens, schedule, grid, forloop, cluster, warps, stages, prefetch, 1)
+    early = stages if schedule == "split" else 0
+    return plans.Plan(tokens, schedule, grid, forloop, cluster, warps, stages, early, prefetch, 1)
 
 
 def graph_for(op: str, k: int, n: int, chosen: plans.Plan) -> MuGraph:
