@@ -35,7 +35,8 @@ def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
 
 
 def silu(x: np.ndarray) -> np.ndarray:
-    return x / (1 + np.exp(-x))
+    with np.errstate(over="ignore"):  # exp(-x) is infinite for very negative x: the quotient is then 0, as it should be
+        return x / (1 + np.exp(-x))
 
 
 def define_rms_norm_linear(a: Arrays, eps: float) -> Arrays:
@@ -62,6 +63,11 @@ def define_rms_norm_gate_up_silu(a: Arrays, eps: float) -> Arrays:
     return {"O": silu(gate) * up, "S": residual}
 
 
+def define_gate_up_silu(a: Arrays, eps: float) -> Arrays:
+    gate, up = np.split(a["X"] @ a["W_gate_up"].T, 2, axis=-1)
+    return {"O": silu(gate) * up}
+
+
 def define_linear_residual(a: Arrays, eps: float) -> Arrays:
     return {"O": a["X"] @ a["W"].T + a["R"]}
 
@@ -76,6 +82,7 @@ DEFINITIONS: dict[str, Callable[[Arrays, float], Arrays]] = {
     "rms_norm": define_rms_norm,
     "rms_norm_first": define_rms_norm_first,
     "rms_norm_gate_up_silu": define_rms_norm_gate_up_silu,
+    "gate_up_silu": define_gate_up_silu,
     "linear_residual": define_linear_residual,
     "linear": define_linear,
 }

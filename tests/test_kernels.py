@@ -13,11 +13,12 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "patches/vllm/model_executor/layers")]
 
-import mirage_kernels  # noqa: E402
-from mirage_kernels import compiler, plans  # noqa: E402
+from mirage_kernels import compiler, kernels, plans  # noqa: E402
+from mirage_kernels.arguments import ARGUMENTS  # noqa: E402
 
 from mirage_codegen import emulate, generate, lower, ops  # noqa: E402
 from mirage_codegen.interpret import interpret  # noqa: E402
+from mirage_codegen.layer import GEMMS, MODELS  # noqa: E402
 from mirage_codegen.mugraph import MuGraph  # noqa: E402
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
@@ -108,6 +109,7 @@ BF16 = 4e-3  # one rounding of the operand and one of the output, each at most 2
         ("linear", 1024, 96, 32, plan(tokens=32, grid=2, forloop=8, cluster=2, stages=3)),
         ("linear_residual", 512, 64, 7, plan(cluster=2)),
         ("rms_norm_gate_up_silu", 512, 64, 11, plan(tokens=16, cluster=2)),
+        ("gate_up_silu", 512, 96, 5, plan(grid=3, warps=8, forloop=2)),
     ],
     ids=lambda value: value if isinstance(value, (str, int)) else f"{value.grid}x{value.cluster}",
 )
@@ -210,35 +212,58 @@ def test_the_body_depends_on_the_operators_alone():
 
 
 def table_plans():
-    for arch, ops_of_arch in plans.read_table(plans.TABLE).items():
-        for shape, entries in ops_of_arch["rms_norm_linear"].items():
-            k, n = map(int, shape.split("x"))
-            yield from ((arch, k, n, plans.Plan(**entry)) for entry in entries)
+    """(op, K, N, plan) for every plan of a GEMM in the shipped table."""
+    for measured in plans.read_table(plans.TABLE).values():
+        for op in plans.GEMM_OPS:
+            for shape, entries in measured[op].items():
+                k, n = map(int, shape.split("x"))
+                yield from ((op, k, n, plans.Plan(**entry)) for entry in entries)
+
+
+def gemm_of(op, chosen):
+    """The source that holds the GEMM of an op."""
+    return plans.GEMM_OPS[op].sources[chosen.schedule][0][-1]
 
 
 def test_every_plan_is_a_tiling_of_its_graph():
-    count = 0
-    for _, k, n, chosen in table_plans():
-        graph = graph_for("linear" if chosen.schedule == "split" else "rms_norm_linear", k, n, chosen)
+    seen = set()
+    for op, k, n, chosen in table_plans():
+        graph = graph_for(gemm_of(op, chosen), k, n, chosen)
         macros = chosen.defines(k, n)
         assert {name: macros[name] for name in lower.defines(graph)} == lower.defines(graph)
-        count += 1
-    assert count > 60
+        seen.add(op)
+    assert seen == plans.GEMM_OPS.keys()
 
 
-def test_plan_limits_rise_and_shapes_of_qwen3_are_there():
-    table = plans.read_table(plans.TABLE)["sm_90"]["rms_norm_linear"]
-    for shape in ("1024x4096", "2048x4096", "2560x6144", "4096x6144", "5120x7168", "5120x10240", "1024x512", "4096x768"):
-        limits = [entry["max_num_tokens"] for entry in table[shape]]
-        assert limits == sorted(set(limits)) and limits[-1] >= 16
+@pytest.mark.parametrize("model", ["0.6B", "8B"])
+def test_plan_limits_rise_and_the_shapes_of_qwen3_are_there(model):
+    table, shape = plans.read_table(plans.TABLE)["sm_90"], MODELS[model]
+    keys = [(kind, f"{k}x{n}") for kind, k, n in map(shape.gemm, GEMMS)] + [("decode_attention", f"{shape.heads}x{shape.kv_heads}")]
+    for op, key in keys:
+        limits = [entry["max_num_tokens"] for entry in table[op][key]]
+        assert limits == sorted(set(limits)) and limits[-1] >= 16, (op, key)
 
 
-def test_heuristic_gives_plans_for_shapes_that_nobody_measured():
+@pytest.mark.parametrize("op", plans.GEMM_OPS)
+def test_heuristic_gives_plans_for_shapes_that_nobody_measured(op):
     for k, n in ((3072, 5120), (1536, 2304), (8192, 10240), (896, 1152)):
         for limit in (8, 16):
-            chosen = plans.heuristic(k, n, limit)
+            chosen = plans.heuristic(op, k, n, limit)
             assert chosen is not None and chosen.max_num_tokens == limit
-            graph_for("linear", k, n, chosen)  # GraphError if it does not tile
+            graph_for(gemm_of(op, chosen), k, n, chosen)  # GraphError if it does not tile
+
+
+def test_no_plan_divides_a_shape_of_odd_size():
+    assert all(plans.heuristic(op, 1000, 96, 8) is None for op in plans.GEMM_OPS)
+    assert plans.plans_for("linear", 1000, 96, "sm_90") == "no plan divides K 1000 and N 96"
+
+
+def test_attention_has_plans_only_for_heads_that_were_measured(monkeypatch, tmp_path):
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    found = plans.attention_plans_for(16, 8, "sm_90")
+    assert not isinstance(found, str) and all(isinstance(entry, plans.AttentionPlan) for entry in found)
+    assert plans.attention_plans_for(3, 1, "sm_90") == "no plan is measured for 3 heads over 1 on sm_90"
+    assert "no plan is measured for sm_80" in plans.attention_plans_for(16, 8, "sm_80")
 
 
 def test_an_architecture_without_measurements_has_no_plan(monkeypatch, tmp_path):
@@ -261,36 +286,79 @@ def test_every_source_compiles_for(arch):
     if not re.fullmatch(r"\d+\.\d+", nvrtc()):
         pytest.fail(f"{nvrtc()}; the tests compile every kernel: pip install -r tests/requirements.txt")
     cluster = 1 if arch in ("sm_80", "sm_86", "sm_89") else 2
-    chosen = plan(grid=128, forloop=8, cluster=cluster, warps=8)
-    for name in generate.SHIPPED:
-        macros = plans.row_defines(4096) if name.startswith("rms_norm") and "linear" not in name else chosen.defines(4096, 6144)
+    gemm, attention = plan(grid=128, forloop=8, cluster=cluster, warps=8), plans.AttentionPlan(8, cluster, 4)
+    special = dict.fromkeys(("rms_norm", "rms_norm_first"), plans.row_defines(4096)) | {"decode_attention": attention.defines(32, 8)}
+    for name in (*generate.SHIPPED, *generate.HANDWRITTEN):
+        macros = special.get(name, gemm.defines(4096, 6144))
         for element in ({}, {"MIRAGE_FP16": 1}):
             assert compiler.compile_cubin(compiler.Build(f"{name}.cu", tuple(sorted({**macros, **element}.items())), arch))
 
 
-@pytest.mark.parametrize("residual", [True, False])
-@pytest.mark.parametrize("split", [True, False])
-def test_a_call_passes_its_tensors_in_the_order_of_the_kernels_arguments(residual, split, monkeypatch):
-    calls = []
+@pytest.fixture
+def calls():
+    """Arguments by name of every launch of a kernel that `recording` made."""
+    return []
 
-    def recorder(name):
-        return lambda *values: calls.append(dict(zip(mirage_kernels.ARGUMENTS[name], values, strict=True)))
 
-    first = "" if residual else "_first"
-    names = [f"rms_norm{first}", "linear"] if split else [f"rms_norm_linear{first}"]
-    kernel = object.__new__(mirage_kernels.RmsNormLinear)
-    kernel.n, kernel._limits = 6, [8]
-    kernel._kernels = [[[recorder(name) for name in names]] * 2]
-    x, r, g, w = torch.ones(3, 4), torch.ones(3, 4), torch.ones(4), torch.ones(6, 4)
+@pytest.fixture
+def recorder(calls):
+    """recorder(name): in place of a loaded kernel; calls get its arguments by name."""
+    return lambda name: lambda *values: calls.append({"kernel": name} | dict(zip(ARGUMENTS[name], values, strict=True)))
+
+
+def bare(cls, loaded, limits):
+    """A kernel object around `loaded`, without a GPU."""
+    kernel = object.__new__(cls)
+    kernel.n, kernel._limits, kernel._kernels = 6, limits, loaded
+    return kernel
+
+
+@pytest.mark.parametrize("schedule", ["fused", "split"])
+@pytest.mark.parametrize("op, residual", [("rms_norm_linear", True), ("rms_norm_linear", False), ("rms_norm_gate_up_silu", True)])
+def test_a_norm_gemm_passes_its_tensors_in_the_order_of_the_kernels_arguments(op, residual, schedule, calls, recorder):
+    variants = plans.GEMM_OPS[op].sources[schedule]
+    kernel = bare(kernels.NormGemm, [[list(map(recorder, variant)) for variant in variants]], [8])
+    x, r, g, w = torch.ones(3, 4), torch.ones(3, 4), torch.ones(4), torch.ones(6 * plans.GEMM_OPS[op].weights, 4)
     out, residual_out = kernel(x, r if residual else None, g, w, EPS)
     assert out.shape == (3, 6) and (residual_out is not None) == residual
+    assert [call["kernel"] for call in calls] == list(variants[not residual])
     assert calls[0]["X"] == x.data_ptr() and calls[0]["G"] == g.data_ptr() and calls[0]["eps"] == EPS
-    assert calls[-1]["W"] == w.data_ptr() and calls[-1]["O"] == out.data_ptr()
+    weight = "W" if op == "rms_norm_linear" else "W_gate_up"
+    assert calls[-1][weight] == w.data_ptr() and calls[-1]["O"] == out.data_ptr()
     assert all(call["num_tokens"] == 3 for call in calls)
     if residual:
         assert calls[0]["R"] == r.data_ptr() and calls[0]["S"] == residual_out.data_ptr()
-    if split:
+    if schedule == "split":
         assert calls[1]["X"] == calls[0]["O"] != out.data_ptr()
+
+
+def test_a_linear_passes_its_tensors_in_the_order_of_the_kernels_arguments(calls, recorder):
+    x, w = torch.ones(3, 4), torch.ones(6, 4)
+    out = bare(kernels.Linear, [[[recorder("linear")]]], [8])(x, w)
+    assert out.shape == (3, 6)
+    assert calls == [{"kernel": "linear", "O": out.data_ptr(), "X": x.data_ptr(), "W": w.data_ptr(), "num_tokens": 3}]
+
+
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
+def test_attention_passes_its_tensors_in_the_order_of_the_kernels_arguments(layout, calls, recorder):
+    memory = torch.zeros(5, 16, 2, 256) if layout == "NHD" else torch.zeros(5, 2, 16, 256)
+    cache = memory.transpose(1, 2) if layout == "NHD" else memory  # [pages, kv_heads, page_size, 256]
+    given = {"QKV": torch.zeros(3, 8 * 128), "positions": torch.zeros(3, dtype=torch.int64), "G_q": torch.ones(128), "G_k": torch.ones(128)}
+    given |= {"cos_sin": torch.zeros(9, 128), "cache": cache, "slots": torch.zeros(3, dtype=torch.int64)}
+    given |= {"block_table": torch.zeros(3, 7, dtype=torch.int32), "seq_lens": torch.ones(3, dtype=torch.int32)}
+    output = torch.zeros(3, 4 * 128)
+    bare(kernels.DecodeAttention, [None, recorder("decode_attention")], [1, 8])(*given.values(), EPS, 0.5, output)
+    head_stride, token_stride = (256, 512) if layout == "NHD" else (16 * 256, 256)
+    assert calls == [
+        {name: tensor.data_ptr() for name, tensor in {**given, "O": output}.items()}
+        | {"page_stride": 16 * 2 * 256, "head_stride": head_stride, "token_stride": token_stride, "page_size": 16, "table_stride": 7}
+        | {"kernel": "decode_attention", "num_tokens": 3, "eps": EPS, "scale": 0.5}
+    ]
+
+
+def test_the_plan_with_the_next_limit_runs():
+    kernel = bare(kernels.Linear, [[["up to 1"]], [["up to 8"]]], [1, 8])
+    assert [kernel.kernels_for(num_tokens) for num_tokens in (1, 2, 8)] == [["up to 1"], ["up to 8"], ["up to 8"]]
 
 
 def test_the_cache_compiles_once_and_trusts_no_damaged_entry(tmp_path, monkeypatch):
