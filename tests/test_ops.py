@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ops, the switch, the eligibility and the decoder layer of the overlay, without an engine."""
 
+import copy
 import importlib
 import importlib.util
 import json
@@ -8,7 +9,7 @@ import os
 import sys
 import types
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -39,10 +40,11 @@ def engine_config(ops, tiny_model, tmp_path_factory):
 
 @pytest.fixture
 def use(monkeypatch, ops):
-    """use("1"): set the switch for this test; plans and kernels of the test are forgotten afterwards."""
+    """use("1"): set the switch for this test; plans, kernels and calls of the test are forgotten afterwards."""
     monkeypatch.delenv("VLLM_MIRAGE_OPS", raising=False)
     monkeypatch.setattr(ops, "_plans", {})
-    monkeypatch.setattr(ops, "_kernels", {})
+    monkeypatch.setattr(ops.mirage_ops, "kernels", {})
+    monkeypatch.setattr(ops.mirage_ops, "calls", dict.fromkeys(ops.mirage_ops.calls, 0))
     return lambda value: monkeypatch.setenv("VLLM_USE_MIRAGE", value)
 
 
@@ -55,16 +57,18 @@ class KeepQuery(nn.Module):
 
 @pytest.fixture
 def build_layer(engine_config):
-    """build_layer(cls): a bf16 decoder layer with random weights and no KV cache."""
+    """build_layer(cls): a bf16 decoder layer with random weights; without `attention`, which needs a KV cache, q is attention's output."""
     from vllm.utils.torch_utils import set_default_torch_dtype
 
-    def build(cls, name="model.layers.0"):
+    def build(cls, name="model.layers.0", attention=False):
         engine_config.compilation_config.static_forward_context.clear()
         torch.manual_seed(0)
         hf_config = engine_config.model_config.hf_config
         with set_default_torch_dtype(torch.bfloat16):
             layer = cls(hf_config, cache_config=engine_config.cache_config, prefix=name)
-        layer.self_attn.attn = KeepQuery()
+        layer.self_attn.rotary_emb = copy.deepcopy(layer.self_attn.rotary_emb)  # vLLM shares one among all layers
+        if not attention:
+            layer.self_attn.attn = KeepQuery()
         for parameter in layer.parameters():
             nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
         return layer
@@ -92,7 +96,42 @@ def layer_inputs(residual):
     return torch.arange(5), x, r if residual else None
 
 
+def calls_of(ops, body="torch"):
+    """How often that body of each op ran, where it did."""
+    return {name.removesuffix(f".{body}"): n for name, n in ops.mirage_report()["calls"].items() if n and name.endswith(f".{body}")}
+
+
 # ------------------------------------------------------------------------------------------------------------- ops
+class Op(NamedTuple):
+    """A torch op around a GEMM."""
+
+    kernel: str  # its name in mirage_kernels
+    counter: str
+    norm: bool = True
+    residual: bool = True
+    gated: bool = False
+
+    def arguments(self, x, residual, gamma, weight):
+        """What the op takes of those."""
+        inputs = [x, *([residual] if self.residual else []), *([gamma] if self.norm else []), weight]
+        return *inputs, EPS if self.norm else self.counter
+
+
+GEMMS = {
+    "norm_qkv": Op("rms_norm_linear", "norm_qkv", residual=False),
+    "add_norm_qkv": Op("rms_norm_linear", "norm_qkv"),
+    "add_norm_gate_up_silu": Op("rms_norm_gate_up_silu", "norm_gate_up", gated=True),
+    "linear": Op("linear", "down_proj", norm=False, residual=False),
+}
+each_gemm = pytest.mark.parametrize("name", GEMMS)
+
+
+def call(name, x, residual, gamma, weight):
+    """The op's outputs as a tuple: the GEMM's, and x + residual where the op gives it."""
+    outputs = getattr(torch.ops.vllm_mirage, name)(*GEMMS[name].arguments(x, residual, gamma, weight))
+    return outputs if isinstance(outputs, tuple | list) else (outputs,)
+
+
 def inputs(tokens, k, n, dtype, seed=0):
     generator = torch.Generator().manual_seed(seed)
     x, residual = torch.randn(2, tokens, k, generator=generator).to(dtype)
@@ -101,96 +140,120 @@ def inputs(tokens, k, n, dtype, seed=0):
     return x, residual, gamma, weight
 
 
-def in_float64(x, residual, gamma, weight):
-    total = x.double() if residual is None else x.double() + residual.double()
-    normed = total * torch.rsqrt(total.pow(2).mean(-1, keepdim=True) + EPS) * gamma.double()
-    return F.linear(normed, weight.double()), total
+def silu_and_mul(gate_up):
+    gate, up = gate_up.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+def in_float64(name, x, residual, gamma, weight):
+    """(the op's output, x + residual)"""
+    op, total = GEMMS[name], x.double()
+    if op.residual:
+        total = total + residual.double()
+    normed = total * torch.rsqrt(total.pow(2).mean(-1, keepdim=True) + EPS) * gamma.double() if op.norm else total
+    out = F.linear(normed, weight.double())
+    return silu_and_mul(out) if op.gated else out, total
+
+
+def unfused(name, x, residual, gamma, weight):
+    """The same by vLLM's own norms, one operator after the other."""
+    from vllm.ir.ops.layernorm import fused_add_rms_norm, rms_norm
+
+    op, total = GEMMS[name], x
+    if op.residual:
+        x, total = fused_add_rms_norm.impls["native"].impl_fn(x, residual, gamma, EPS)
+    elif op.norm:
+        x = rms_norm.impls["native"].impl_fn(x, gamma, EPS)
+    out = F.linear(x, weight)
+    return silu_and_mul(out) if op.gated else out, total
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tokens", [0, 1, 5])
-def test_ops_keep_torchs_contract(ops, tokens, dtype):
-    x, residual, gamma, weight = inputs(tokens, 64, 96, dtype)
-    torch.library.opcheck(torch.ops.vllm_mirage.norm_qkv, (x, gamma, weight, EPS))
-    torch.library.opcheck(torch.ops.vllm_mirage.add_norm_qkv, (x, residual, gamma, weight, EPS))
+@each_gemm
+def test_ops_keep_torchs_contract(ops, name, tokens, dtype):
+    torch.library.opcheck(getattr(torch.ops.vllm_mirage, name), GEMMS[name].arguments(*inputs(tokens, 64, 96, dtype)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("tokens", "k", "n"), [(1, 256, 512), (7, 1000, 96), (64, 1024, 640)])
-def test_ops_err_no_more_than_the_unfused_path(ops, tokens, k, n, dtype):
-    from vllm.ir.ops.layernorm import fused_add_rms_norm, rms_norm
-
-    x, residual, gamma, weight = inputs(tokens, k, n, dtype)
-    exact, exact_residual = in_float64(x, residual, gamma, weight)
-    qkv, residual_out = torch.ops.vllm_mirage.add_norm_qkv(x, residual, gamma, weight, EPS)
-    unfused, unfused_residual = fused_add_rms_norm.impls["native"].impl_fn(x, residual, gamma, EPS)
-    error = (qkv.double() - exact).abs().max()
-    assert error <= 1.01 * (F.linear(unfused, weight).double() - exact).abs().max()
-    assert error > 0 and torch.equal(residual_out, unfused_residual)
-    assert (residual_out.double() - exact_residual).abs().max() <= torch.finfo(dtype).eps * exact_residual.abs().max()
-
-    exact, _ = in_float64(x, None, gamma, weight)
-    unfused = rms_norm.impls["native"].impl_fn(x, gamma, EPS)
-    error = (torch.ops.vllm_mirage.norm_qkv(x, gamma, weight, EPS).double() - exact).abs().max()
-    assert 0 < error <= 1.01 * (F.linear(unfused, weight).double() - exact).abs().max()
+@each_gemm
+def test_ops_err_no_more_than_the_unfused_path(ops, name, tokens, k, n, dtype):
+    given = inputs(tokens, k, n, dtype)
+    exact, exact_residual = in_float64(name, *given)
+    out, *residual_out = call(name, *given)
+    theirs, their_residual = unfused(name, *given)
+    error = (out.double() - exact).abs().max()
+    assert 0 < error <= 1.01 * (theirs.double() - exact).abs().max()
+    assert len(residual_out) == GEMMS[name].residual
+    for total in residual_out:
+        assert torch.equal(total, their_residual)
+        assert (total.double() - exact_residual).abs().max() <= torch.finfo(dtype).eps * exact_residual.abs().max()
 
 
-def test_ops_leave_their_inputs_alone(ops):
-    arguments = inputs(3, 64, 96, torch.float32)
-    before = [tensor.clone() for tensor in arguments]
-    qkv, residual_out = torch.ops.vllm_mirage.add_norm_qkv(*arguments, EPS)
-    assert all(map(torch.equal, arguments, before))
-    storages = {tensor.untyped_storage().data_ptr() for tensor in (*arguments, qkv, residual_out)}
-    assert len(storages) == 5  # x and residual of `inputs` share one
+@each_gemm
+def test_ops_leave_their_inputs_alone(ops, name):
+    given = inputs(3, 64, 96, torch.float32)
+    before = [tensor.clone() for tensor in given]
+    outputs = call(name, *given)
+    assert all(map(torch.equal, given, before))
+    storages = {tensor.untyped_storage().data_ptr() for tensor in (*given, *outputs)}
+    assert len(storages) == 3 + len(outputs)  # x and residual of `inputs` share one
 
 
-def test_a_nan_row_stays_in_its_row(ops):
-    x, residual, gamma, weight = inputs(4, 64, 96, torch.bfloat16)
-    x[2, 5] = float("nan")
-    qkv, residual_out = torch.ops.vllm_mirage.add_norm_qkv(x, residual, gamma, weight, EPS)
-    assert qkv[2].isnan().all() and residual_out[2, 5].isnan()
-    others = [0, 1, 3]
-    assert not qkv[others].isnan().any() and not residual_out[others].isnan().any()
+@each_gemm
+def test_a_nan_row_stays_in_its_row(ops, name):
+    given = inputs(4, 64, 96, torch.bfloat16)
+    given[0][2, 5] = float("nan")
+    out, *residual_out = call(name, *given)
+    assert out[2].isnan().all() and not out[[0, 1, 3]].isnan().any()
+    assert all(total.isnan().nonzero().tolist() == [[2, 5]] for total in residual_out)
 
 
 @pytest.mark.parametrize("lead", [(0,), (3,), (2, 3)])
-def test_fakes_have_the_shapes_of_the_results(ops, lead):
+@each_gemm
+def test_fakes_have_the_shapes_of_the_results(ops, name, lead):
     x, residual, gamma, weight = inputs(6, 64, 96, torch.bfloat16)
-    x = x[: lead[0]] if len(lead) == 1 else x.view(*lead, 64)
-    residual = residual[: lead[0]] if len(lead) == 1 else residual.view(*lead, 64)
-    add_norm_qkv = torch.ops.vllm_mirage.add_norm_qkv
-    real = add_norm_qkv(x, residual, gamma, weight, EPS)
+    x, residual = (tensor[: lead[0]] if len(lead) == 1 else tensor.view(*lead, 64) for tensor in (x, residual))
+    real = call(name, x, residual, gamma, weight)
     with FakeTensorMode() as mode:
-        fake = add_norm_qkv(*map(mode.from_tensor, (x, residual, gamma, weight)), EPS)
+        fake = call(name, *map(mode.from_tensor, (x, residual, gamma, weight)))
     described = [[(t.shape, t.stride(), t.dtype) for t in outputs] for outputs in (real, fake)]
     assert described[0] == described[1]
 
 
 # --------------------------------------------------------------------------------------------------------- kernels
 class RecordingKernel:
-    """A kernel as mirage_kernels.prepare returns it; computes nothing."""
+    """A GEMM kernel as mirage_kernels.prepare returns it; computes nothing."""
 
-    name, max_tokens, source_hash = "recording", 4, "0" * 64
+    name, max_tokens = "recording", 4
 
-    def __call__(self, hidden_states, residual, norm_weight, weight, eps):
-        qkv = hidden_states.new_full((hidden_states.shape[0], weight.shape[0]), 7.0)
-        return qkv, None if residual is None else residual.clone()
+    def __init__(self, n=96):
+        self.n = n
+
+    def __call__(self, x, *others):
+        out = x.new_full((x.shape[0], self.n), 7.0)
+        if len(others) == 1:  # linear: the weight alone
+            return out
+        return out, None if others[0] is None else others[0].clone()
 
 
-def test_the_kernel_takes_small_batches_and_torch_the_rest(ops, use):
-    x, residual, gamma, weight = inputs(8, 64, 96, torch.bfloat16)
-    ops._kernels[64, 96, torch.bfloat16, x.device] = RecordingKernel()
+@each_gemm
+def test_the_kernel_takes_small_batches_and_torch_the_rest(ops, use, name):
+    op = GEMMS[name]
+    x, _, gamma, weight = inputs(8, 64, 96, torch.bfloat16)
+    n = 96 // (1 + op.gated)
+    ops.mirage_ops.kernels[op.kernel, 64, n, torch.bfloat16, x.device] = RecordingKernel(n)
     wide = torch.zeros(4, 128, dtype=torch.bfloat16)
     unaligned = torch.zeros(4 * 64 + 1, dtype=torch.bfloat16)[1:].view(4, 64)
 
-    def took_kernel(hidden_states):
-        before = ops.mirage_report()["calls"]
-        qkv = torch.ops.vllm_mirage.norm_qkv(hidden_states, gamma, weight, EPS)
-        after = ops.mirage_report()["calls"]
-        kernel, plain = (after[f"norm_qkv.{body}"] - before[f"norm_qkv.{body}"] for body in ("kernel", "torch"))
-        assert kernel + plain == 1
-        assert bool((qkv == 7).all()) == bool(kernel) or not qkv.numel()
-        return bool(kernel)
+    def took_kernel(x, residual=None, weight=weight):
+        ops.mirage_ops.calls.update(dict.fromkeys(ops.mirage_ops.calls, 0))
+        out = call(name, x, torch.zeros_like(x) if residual is None else residual, gamma, weight)[0]
+        [(body, count)] = [(body, n) for body in ("kernel", "torch") for n in calls_of(ops, body).items()]
+        assert count == (op.counter, 1)
+        assert bool((out == 7).all()) == (body == "kernel") or not out.numel()
+        return body == "kernel"
 
     assert took_kernel(x[:1]) and took_kernel(x[:4])
     assert not took_kernel(x[:5])
@@ -198,33 +261,248 @@ def test_the_kernel_takes_small_batches_and_torch_the_rest(ops, use):
     assert not took_kernel(wide[:, :64])
     assert not took_kernel(unaligned)
     assert not took_kernel(x[:4].view(2, 2, 64))
-    assert (torch.ops.vllm_mirage.add_norm_qkv(x[:2], residual[:2], gamma, weight, EPS)[0] == 7).all()
+    assert not took_kernel(x[:4], weight=weight.repeat(1, 2)[:, :64])
+    assert took_kernel(x[:4], unaligned) != op.residual
+
+
+def test_a_kernel_of_another_op_or_dtype_is_not_taken(ops, use):
+    x, _, _, weight = inputs(2, 64, 96, torch.bfloat16)
+    for op, dtype in (("rms_norm_linear", torch.bfloat16), ("linear", torch.float16)):
+        ops.mirage_ops.kernels[op, 64, 96, dtype, x.device] = RecordingKernel()
+    ops.mirage_ops.kernels["linear", 64, 96, torch.bfloat16, x.device] = "a reason"
+    assert not (torch.ops.vllm_mirage.linear(x, weight, "o_proj") == 7).any()
 
 
 def test_without_a_kernel_the_reason_is_kept(ops, use, monkeypatch):
-    assert "not on a GPU" in ops.prepare_kernel(64, 96, torch.bfloat16, torch.device("cpu"))
+    prepare_gemm, prepare_attention = ops.mirage_ops.prepare_gemm, ops.mirage_ops.prepare_attention
+    assert "not on a GPU" in prepare_gemm("linear", 64, 96, torch.bfloat16, torch.device("cpu"))
+    assert "not on a GPU" in prepare_attention(4, 2, torch.bfloat16, torch.device("cpu"))
     from vllm.model_executor import layers
 
     monkeypatch.delattr(layers, "mirage_kernels", raising=False)
     monkeypatch.setitem(sys.modules, "vllm.model_executor.layers.mirage_kernels", None)
-    assert "cannot be imported" in ops.prepare_kernel(64, 96, torch.bfloat16, torch.device("cuda", 0))
+    assert "cannot be imported" in prepare_gemm("linear", 64, 96, torch.bfloat16, torch.device("cuda", 0))
 
     asked = []
 
-    def prepare(op, **shape):
+    def prepare(*op, **shape):
         asked.append((op, shape))
         return RecordingKernel()
 
     stub: Any = types.ModuleType("mirage_kernels")
-    stub.prepare = prepare
+    stub.prepare = stub.prepare_attention = prepare
     monkeypatch.setitem(sys.modules, "vllm.model_executor.layers.mirage_kernels", stub)
     monkeypatch.setattr(layers, "mirage_kernels", stub, raising=False)
-    shape = {"k": 64, "n": 128, "dtype": torch.bfloat16, "device": torch.device("cuda", 0)}
-    assert ops.prepare_kernel(**shape) is ops.prepare_kernel(**shape)
-    assert asked == [("rms_norm_linear", shape)]
+    place = {"dtype": torch.bfloat16, "device": torch.device("cuda", 0)}
+    for _ in range(2):  # the second time nothing is asked
+        prepare_gemm("rms_norm_linear", k=64, n=128, **place)
+        prepare_attention(4, 2, **place)
+    assert asked == [(("rms_norm_linear",), {"k": 64, "n": 128, **place}), ((), {"heads": 4, "kv_heads": 2, **place})]
     described = ops.mirage_report()["kernels"]
-    assert [entry["kernel"] for entry in described] == [None, None, "recording"]
+    assert [(entry["op"], entry["shape"], entry["kernel"]) for entry in described] == [
+        ("linear", "64x96", None),
+        ("decode_attention", "4x2", None),
+        ("linear", "64x96", None),
+        ("rms_norm_linear", "64x128", "recording"),
+        ("decode_attention", "4x2", "recording"),
+    ]
     json.dumps(described)
+
+
+# ------------------------------------------------------------------------------------------------------- attention
+HEADS, KV_HEADS, HEAD_DIM, TOKENS, NAME = 4, 2, 128, 3, "model.layers.0.self_attn.attn"
+
+
+class StubAttention:
+    """vLLM's attention layer and its implementation in one: keeps what it is given, and answers with 5."""
+
+    scale = 0.5
+
+    def __init__(self):
+        self.impl, self.kv_cache = self, torch.zeros(9, KV_HEADS, 16, 2 * HEAD_DIM, dtype=torch.bfloat16)
+        self.updates, self.queries = [], []
+
+    def do_kv_cache_update(self, layer, key, value, kv_cache, slots):
+        self.updates.append((key, value, kv_cache, slots))
+
+    def forward(self, layer, query, key, value, kv_cache, metadata, output, **scales):
+        self.queries.append((query, key, value, kv_cache, metadata))
+        output.fill_(5)
+
+
+class StubKernel:
+    """A decode-attention kernel that keeps what it is given, and answers with 7."""
+
+    name, max_tokens = "recording", 4
+
+    def __init__(self):
+        self.given = []
+
+    def __call__(self, *arguments):
+        self.given.append(arguments)
+        arguments[-1].fill_(7)
+
+
+@pytest.fixture
+def step(ops, use):
+    """A decode step of three requests with an attention kernel, its forward context set; what it holds may be changed."""
+    from vllm.config import CUDAGraphMode
+    from vllm.forward_context import override_forward_context
+
+    torch.manual_seed(0)
+    layer, kernel = StubAttention(), StubKernel()
+    metadata = SimpleNamespace(
+        max_query_len=1,
+        seq_lens=torch.full((TOKENS,), 20, dtype=torch.int32),
+        block_table=torch.zeros(TOKENS, 2, dtype=torch.int32),
+        use_cascade=False,
+        causal=True,
+    )
+    context = SimpleNamespace(
+        no_compile_layers={NAME: layer},
+        attn_metadata={NAME: metadata},
+        slot_mapping={NAME: torch.arange(TOKENS)},
+        cudagraph_runtime_mode=CUDAGraphMode.NONE,
+        virtual_engine=0,
+    )
+    ops.mirage_ops.kernels["decode_attention", HEADS, KV_HEADS, torch.bfloat16, torch.device("cpu")] = kernel
+    qkv = torch.randn(TOKENS, (HEADS + 2 * KV_HEADS) * HEAD_DIM).bfloat16()
+    weights = [(1 + 0.2 * torch.randn(HEAD_DIM)).bfloat16() for _ in range(2)]
+    angle = torch.arange(32)[:, None] * 100.0 ** (-torch.arange(HEAD_DIM // 2) / 64)
+    angles = torch.cat([angle.cos(), angle.sin()], -1).bfloat16()
+    norm_and_rotation = (torch.tensor([19, 0, 7]), *weights, angles)
+    with override_forward_context(context):
+        yield SimpleNamespace(layer=layer, kernel=kernel, metadata=metadata, context=context, qkv=qkv, norm_and_rotation=norm_and_rotation)
+
+
+def run_attention(step):
+    """(q and k as the first op returns them, attention's output)"""
+    tail = (EPS, HEADS, KV_HEADS, NAME)
+    qk = torch.ops.vllm_mirage.qk_norm_rope_cache(step.qkv, *step.norm_and_rotation, *tail)
+    output = torch.zeros(step.qkv.shape[0], HEADS * HEAD_DIM, dtype=torch.bfloat16)
+    torch.ops.vllm_mirage.decode_attention(step.qkv, qk, *step.norm_and_rotation, output, *tail)
+    return qk, output
+
+
+def test_the_attention_kernel_does_the_whole_step(ops, step):
+    qk, output = run_attention(step)
+    assert qk.shape == (TOKENS, (HEADS + KV_HEADS) * HEAD_DIM) and (output == 7).all()
+    [given] = step.kernel.given
+    expected = (step.qkv, *step.norm_and_rotation, step.layer.kv_cache, step.context.slot_mapping[NAME])
+    expected += (step.metadata.block_table, step.metadata.seq_lens, EPS, step.layer.scale, output)
+    assert all(a is b or a == b if isinstance(a, float) else a.data_ptr() == b.data_ptr() for a, b in zip(given, expected, strict=True))
+    assert not step.layer.updates and not step.layer.queries
+    assert calls_of(ops, "kernel") == {"attention": 1} and calls_of(ops) == {}
+
+
+def test_without_the_kernel_vllms_attention_gets_normalised_and_rotated_heads(ops, step):
+    step.metadata.max_query_len = 2
+    qk, output = run_attention(step)
+    assert torch.equal(qk, ops.mirage_ops.qk_norm_rope_native(step.qkv, *step.norm_and_rotation, EPS, HEADS, KV_HEADS))
+    q, k = qk.view(TOKENS, -1, HEAD_DIM).split([HEADS, KV_HEADS], 1)
+    v = step.qkv.view(TOKENS, -1, HEAD_DIM)[:, -KV_HEADS:]
+    [(key, value, _, slots)], [(query, key_again, value_again, _, metadata)] = step.layer.updates, step.layer.queries
+    assert torch.equal(query, q) and torch.equal(key, k) and torch.equal(value, v)
+    assert torch.equal(key_again, k) and torch.equal(value_again, v)
+    assert slots is step.context.slot_mapping[NAME] and metadata is step.metadata
+    assert (output == 5).all() and not step.kernel.given
+    assert calls_of(ops) == {"attention": 1} and calls_of(ops, "kernel") == {}
+
+
+def _mode(name):
+    def change(step):
+        step.context.cudagraph_runtime_mode = type(step.context.cudagraph_runtime_mode)[name]
+
+    return change
+
+
+def _metadata(**values):
+    return lambda step: step.metadata.__dict__.update(values)
+
+
+def _cache(*shape, strided=False):
+    def change(step):
+        step.layer.kv_cache = torch.zeros(*shape, dtype=torch.bfloat16)[..., :: 2 if strided else 1]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "takes"),
+    [
+        (lambda step: None, True),
+        (_mode("FULL"), True),
+        (_mode("PIECEWISE"), False),
+        (_metadata(max_query_len=2), False),
+        (_metadata(use_cascade=True), False),
+        (_metadata(causal=False), False),
+        (_metadata(seq_lens=torch.ones(TOKENS - 1, dtype=torch.int32)), False),
+        (_metadata(seq_lens=torch.ones(TOKENS + 1, dtype=torch.int32)), True),  # graphs see longer ones than the batch
+        (_metadata(seq_lens=torch.ones(TOKENS, dtype=torch.int64)), False),
+        (_metadata(block_table=torch.ones(TOKENS - 1, 2, dtype=torch.int32)), False),
+        (_metadata(block_table=torch.ones(TOKENS, 2, dtype=torch.int64)), False),
+        (lambda step: step.context.slot_mapping.update({NAME: torch.arange(TOKENS - 1)}), False),
+        (lambda step: step.context.slot_mapping.update({NAME: torch.arange(TOKENS).int()}), False),
+        (lambda step: step.context.slot_mapping.clear(), False),  # a profiling run
+        (lambda step: setattr(step.context, "attn_metadata", None), False),
+        (_cache(9, KV_HEADS, 32, 2 * HEAD_DIM), True),
+        (_cache(9, KV_HEADS, 24, 2 * HEAD_DIM), False),
+        (_cache(9, KV_HEADS, 16, HEAD_DIM), False),
+        (_cache(9, KV_HEADS, 16, 4 * HEAD_DIM, strided=True), False),
+        (_cache(2, 9, 16, KV_HEADS, HEAD_DIM), False),  # vLLM's older layout: keys and values apart
+        (lambda step: setattr(step, "qkv", step.qkv.repeat(2, 1)), False),  # more tokens than the kernel takes
+        (lambda step: setattr(step, "qkv", step.qkv[:0]), False),
+        (lambda step: setattr(step, "qkv", step.qkv.half()), False),  # no kernel for this dtype
+    ],
+)
+def test_which_steps_the_attention_kernel_takes(ops, step, change, takes):
+    change(step)
+    assert ops.mirage_ops._decode_kernel(step.qkv, HEADS, KV_HEADS, NAME) is (step.kernel if takes else None)
+
+
+def test_attention_fakes_have_the_shapes_of_the_results(ops, step):
+    tail = (EPS, HEADS, KV_HEADS, NAME)
+    with FakeTensorMode() as mode:
+        given = list(map(mode.from_tensor, (step.qkv, *step.norm_and_rotation)))
+        fake = torch.ops.vllm_mirage.qk_norm_rope_cache(*given, *tail)
+        output = torch.empty(TOKENS, HEADS * HEAD_DIM)
+        torch.ops.vllm_mirage.decode_attention(given[0], fake, *given[1:], output, *tail)
+    real, _ = run_attention(step)
+    assert (fake.shape, fake.stride(), fake.dtype) == (real.shape, real.stride(), real.dtype)
+
+
+@pytest.mark.parametrize("takes", [True, False])
+def test_attention_ops_keep_torchs_contract(ops, step, takes):
+    step.metadata.max_query_len = 1 if takes else 2
+    tail = (EPS, HEADS, KV_HEADS, NAME)
+    checks = ("test_schema", "test_faketensor")
+    qk = torch.ops.vllm_mirage.qk_norm_rope_cache(step.qkv, *step.norm_and_rotation, *tail)
+    output = torch.zeros(TOKENS, HEADS * HEAD_DIM, dtype=torch.bfloat16)
+    attention = (step.qkv, qk, *step.norm_and_rotation, output, *tail)
+    torch.library.opcheck(torch.ops.vllm_mirage.decode_attention, attention, test_utils=checks)
+    torch.library.opcheck(torch.ops.vllm_mirage.qk_norm_rope_cache, (step.qkv, *step.norm_and_rotation, *tail), test_utils=checks[1:])
+
+
+def test_heads_are_normalised_and_rotated_as_vllm_does_it(ops, use, build_layer):
+    a = build_layer(layer_class()).self_attn
+    tokens, heads, head_dim = 7, a.num_heads + a.num_kv_heads, a.head_dim
+    qkv = (3 * torch.randn(tokens, a.q_size + 2 * a.kv_size)).bfloat16()
+    positions = torch.tensor([0, 1, 2, 5, 60, 200, 200])
+    weights, angles, eps = (a.q_norm.weight, a.k_norm.weight), a.rotary_emb.cos_sin_cache, a.q_norm.variance_epsilon
+    ours = ops.mirage_ops.qk_norm_rope_native(qkv, positions, *weights, angles, eps, a.num_heads, a.num_kv_heads)
+
+    x = qkv.view(tokens, -1, head_dim)[:, :heads]
+    q, k = (norm(part) for norm, part in zip((a.q_norm, a.k_norm), x.split([a.num_heads, a.num_kv_heads], 1), strict=True))
+    q, k = a.rotary_emb.forward_native(positions, q.reshape(tokens, -1), k.reshape(tokens, -1))
+    theirs = torch.cat([q, k], -1)
+
+    gammas = torch.cat([weight.expand(count, -1) for weight, count in zip(weights, (a.num_heads, a.num_kv_heads), strict=True)])
+    normed = x.double() * torch.rsqrt(x.double().pow(2).mean(-1, keepdim=True) + eps) * gammas.double()
+    cos, sin = angles[positions].double().unsqueeze(1).chunk(2, -1)
+    low, high = normed.chunk(2, -1)
+    exact = torch.cat([low * cos - high * sin, high * cos + low * sin], -1).view(tokens, -1)
+    errors = [(out.double() - exact).norm() / exact.norm() for out in (ours, theirs)]
+    assert 0 < errors[0] <= 1.01 * errors[1] < 0.01
 
 
 # ---------------------------------------------------------------------------------------------------------- switch
@@ -249,13 +527,13 @@ def test_set_use_mirage_sets_the_switch_and_keeps_strict(ops, use, monkeypatch):
 
 
 def test_single_ops_can_be_switched_off_by_name(ops, use, monkeypatch):
-    assert ops.enabled_ops() == {"norm_qkv"}
-    for value, expected in (("all", {"norm_qkv"}), (" norm_qkv ", {"norm_qkv"}), ("none", set())):
+    assert ops.enabled_ops() == set(ops.OPS) == set(ops.mirage_ops.OPS)
+    for value, expected in (("all", set(ops.OPS)), (" norm_qkv , o_proj", {"norm_qkv", "o_proj"}), ("none", set())):
         monkeypatch.setenv("VLLM_MIRAGE_OPS", value)
         assert ops.enabled_ops() == expected
     for value in ("norm_kqv", "all,none", ""):
         monkeypatch.setenv("VLLM_MIRAGE_OPS", value)
-        with pytest.raises(ValueError, match="comma list of norm_qkv was expected"):
+        with pytest.raises(ValueError, match="comma list of norm_qkv, attention, o_proj, norm_gate_up, down_proj was expected"):
             ops.enabled_ops()
 
 
@@ -286,9 +564,20 @@ def passes(**values):
     return SimpleNamespace(pass_config=SimpleNamespace(**values))
 
 
-def test_an_eligible_pair_has_no_reason(ops, use, build_layer):
-    layer = build_layer(layer_class())
-    assert ops.why_not_fused(layer.input_layernorm, layer.self_attn.qkv_proj) is None
+def subclass(module, name):
+    """Make `module` an object of a subclass of its class."""
+    module.__class__ = type(name, (type(module),), {})
+
+
+def with_config(monkeypatch, ops, **values):
+    """Let the eligibility checks see this configuration of the engine."""
+    config = SimpleNamespace(**{"compilation_config": passes(), "lora_config": None, "kv_transfer_config": None, **values})
+    monkeypatch.setattr(ops, "get_current_vllm_config_or_none", lambda: config)
+
+
+def test_every_op_of_qwen3s_layer_is_eligible(ops, use, build_layer):
+    layer = build_layer(layer_class(), attention=True)
+    assert {op: ops._why_not_op(op, layer) for op in ops.OPS} == dict.fromkeys(ops.OPS)
 
 
 @pytest.mark.parametrize(
@@ -317,28 +606,157 @@ def test_an_ineligible_pair_has_a_reason(ops, use, build_layer, change, expected
 
 
 @pytest.mark.parametrize(
-    ("compilation", "lora", "tensor_parallel", "expected"),
+    ("compilation", "tensor_parallel", "expected"),
     [
-        (passes(enable_sp=True), None, 2, "sequence-parallel"),
-        (passes(fuse_allreduce_rms=True), None, 2, "all-reduce"),
-        (passes(fuse_allreduce_rms=True), None, 1, None),
-        (passes(fuse_norm_quant=True), None, 1, None),
-        (passes(), SimpleNamespace(target_modules=None), 1, "LoRA"),
-        (passes(), SimpleNamespace(target_modules=["o_proj", "qkv_proj"]), 1, "LoRA"),
-        (passes(), SimpleNamespace(target_modules=["q_proj"]), 1, "LoRA"),
-        (passes(), SimpleNamespace(target_modules=["o_proj", "gate_up_proj"]), 1, None),
-        (passes(), None, 2, None),
+        (passes(enable_sp=True), 2, "sequence-parallel"),
+        (passes(fuse_allreduce_rms=True), 2, "all-reduce"),
+        (passes(fuse_allreduce_rms=True), 1, None),
+        (passes(fuse_norm_quant=True), 1, None),
+        (passes(), 2, None),
     ],
 )
-def test_engine_settings_that_must_see_the_norm_decline(ops, use, build_layer, monkeypatch, compilation, lora, tensor_parallel, expected):
+def test_engine_settings_that_must_see_the_norm_decline(ops, use, build_layer, monkeypatch, compilation, tensor_parallel, expected):
     layer = build_layer(layer_class())
-    layer.self_attn.qkv_proj.tp_size = tensor_parallel
-    config = SimpleNamespace(compilation_config=compilation, lora_config=lora)
-    monkeypatch.setattr(ops, "get_current_vllm_config_or_none", lambda: config)
-    reason = ops.why_not_fused(layer.input_layernorm, layer.self_attn.qkv_proj)
-    assert reason is None if expected is None else expected in reason
+    layer.self_attn.qkv_proj.tp_size = layer.mlp.gate_up_proj.tp_size = tensor_parallel
+    with_config(monkeypatch, ops, compilation_config=compilation)
+    for op in ("norm_qkv", "norm_gate_up"):
+        reason = ops._why_not_op(op, layer)
+        assert reason is None if expected is None else expected in reason
     monkeypatch.setattr(ops, "get_current_vllm_config_or_none", lambda: None)
+    assert ops._why_not_op("norm_qkv", layer) is None
+
+
+@pytest.mark.parametrize(
+    ("targets", "declined"),
+    [
+        (None, {"norm_qkv", "o_proj", "norm_gate_up", "down_proj"}),
+        (["qkv_proj"], {"norm_qkv"}),
+        (["q_proj"], {"norm_qkv"}),
+        (["self_attn.v_proj"], {"norm_qkv"}),
+        (["o_proj"], {"o_proj"}),
+        (["gate_up_proj"], {"norm_gate_up"}),
+        (["gate_proj", "down_proj"], {"norm_gate_up", "down_proj"}),
+        (["embed_tokens"], set()),
+    ],
+)
+def test_lora_declines_the_projections_that_it_will_wrap(ops, use, build_layer, monkeypatch, targets, declined):
+    layer = build_layer(layer_class())
+    with_config(monkeypatch, ops, lora_config=SimpleNamespace(target_modules=targets))
+    reasons = {op: ops._why_not_op(op, layer) for op in ops.OPS if op != "attention"}
+    assert {op for op, reason in reasons.items() if reason} == declined
+    assert all("LoRA is enabled and will wrap" in reasons[op] for op in declined)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda proj: subclass(proj, "RowWithLoRA"), "RowWithLoRA"),
+        (lambda proj: setattr(proj, "quant_method", type("Fp8LinearMethod", (), {})()), "Fp8LinearMethod"),
+        (lambda proj: setattr(proj, "bias", nn.Parameter(torch.zeros(HIDDEN))), "bias"),
+        (lambda proj: setattr(proj, "input_is_parallel", False), "splits its input"),
+        (lambda proj: setattr(proj, "reduce_results", False), "unreduced"),
+        (lambda proj: setattr(proj, "weight", nn.Parameter(proj.weight.double())), "float64"),
+    ],
+)
+def test_an_ineligible_projection_has_a_reason(ops, use, build_layer, change, expected):
+    layer = build_layer(layer_class())
+    for op, proj in (("o_proj", layer.self_attn.o_proj), ("down_proj", layer.mlp.down_proj)):
+        change(proj)
+        assert expected in ops._why_not_op(op, layer)
+
+
+@pytest.mark.parametrize(("tensor_parallel", "expected"), [(1, None), (2, "GEMM + communication")])
+def test_the_fusion_of_gemms_and_communication_must_see_a_sharded_projection(ops, use, build_layer, monkeypatch, tensor_parallel, expected):
+    layer = build_layer(layer_class())
+    layer.mlp.down_proj.tp_size = tensor_parallel
+    with_config(monkeypatch, ops, compilation_config=passes(fuse_gemm_comms=True))
+    reason = ops.why_not_linear(layer.mlp.down_proj)
+    assert reason is None if expected is None else expected in reason
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda layer: subclass(layer.mlp.act_fn, "GeluAndMul"), "the activation is GeluAndMul"),
+        (lambda layer: subclass(layer.mlp.gate_up_proj, "MergedWithLoRA"), "MergedWithLoRA"),
+        (lambda layer: setattr(layer.post_attention_layernorm, "has_weight", False), "no weight"),
+    ],
+)
+def test_an_ineligible_mlp_has_a_reason(ops, use, build_layer, change, expected):
+    layer = build_layer(layer_class())
+    change(layer)
+    assert expected in ops._why_not_op("norm_gate_up", layer)
+    assert ops._why_not_op("norm_qkv", layer) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda a: subclass(a.q_norm, "GemmaRMSNorm"), "GemmaRMSNorm"),
+        (lambda a: setattr(a.k_norm, "has_weight", False), "no weight"),
+        (lambda a: setattr(a.k_norm, "variance_epsilon", 1e-5), "different eps"),
+        (lambda a: subclass(a.attn, "ChunkedLocalAttention"), "ChunkedLocalAttention"),
+        (lambda a: subclass(a.rotary_emb, "YaRNScalingRotaryEmbedding"), "YaRNScalingRotaryEmbedding"),
+        (lambda a: setattr(a.rotary_emb, "is_neox_style", False), "in halves"),
+        (lambda a: setattr(a.rotary_emb, "rotary_dim", a.head_dim // 2), "whole heads"),
+        (lambda a: setattr(a.rotary_emb, "cos_sin_cache", a.rotary_emb.cos_sin_cache.float()), "angles are torch.float32"),
+        (lambda a: setattr(a.attn, "attn_backend", SimpleNamespace(forward_includes_kv_cache_update=True)), "writes the KV cache"),
+        (lambda a: setattr(a.attn, "kv_sharing_target_layer_name", "model.layers.1"), "shares another layer's"),
+        (lambda a: setattr(a.attn, "kv_cache_dtype", "fp8"), "the KV cache is fp8"),
+        (lambda a: setattr(a.attn, "query_quant", nn.Identity()), "the KV cache is"),
+        (lambda a: setattr(a.attn, "calculate_kv_scales", True), "the KV cache is"),
+    ],
+)
+def test_an_ineligible_attention_has_a_reason(ops, use, build_layer, change, expected):
+    layer = build_layer(layer_class(), attention=True)
+    change(layer.self_attn)
+    assert expected in ops.why_not_attention(layer.self_attn)
     assert ops.why_not_fused(layer.input_layernorm, layer.self_attn.qkv_proj) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, None),
+        ({"head_size": 64}, "64 elements, the kernel takes 128"),
+        ({"sliding_window": (4095, 0)}, "sliding window"),
+        ({"alibi_slopes": [0.5]}, "ALiBi"),
+        ({"logits_soft_cap": 30.0}, "soft cap"),
+        ({"sinks": torch.zeros(4)}, "sinks"),
+        ({"dcp_world_size": 2}, "decode context parallelism"),
+    ],
+)
+def test_variants_of_flash_attention_decline(ops, use, monkeypatch, change, expected):
+    plain = {"head_size": 128, "sliding_window": (-1, -1), "alibi_slopes": None, "logits_soft_cap": 0}
+    impl = type("FlashAttentionImpl", (), {**plain, **change})()
+    assert ops._why_not_impl(impl) is None  # on the CPU vLLM's attention runs behind the op
+    monkeypatch.setattr(ops, "current_platform", SimpleNamespace(is_cuda=lambda: True, is_cpu=lambda: False))
+    reason = ops._why_not_impl(impl)
+    assert reason is None if expected is None else expected in reason
+    assert "FlashInferImpl, not FlashAttention" in ops._why_not_impl(type("FlashInferImpl", (), plain)())
+
+
+@pytest.mark.parametrize(
+    ("compilation", "others", "expected"),
+    [
+        ({"cudagraph_mode": "FULL_AND_PIECEWISE"}, {}, None),
+        ({"cudagraph_mode": "FULL_DECODE_ONLY"}, {}, None),
+        ({"cudagraph_mode": "NONE"}, {}, None),
+        ({"cudagraph_mode": "FULL"}, {}, "cudagraph_mode FULL"),
+        ({"use_inductor_graph_partition": True}, {}, "Inductor partitions"),
+        ({"pass_config": SimpleNamespace(fuse_attn_quant=True)}, {}, "quantisation fusion"),
+        ({}, {"parallel_config": SimpleNamespace(use_ubatching=True)}, "dual-batch overlap"),
+        ({}, {"kv_transfer_config": object()}, "transferred between engines"),
+    ],
+)
+def test_attention_declines_graphs_that_serve_two_kinds_of_batches(ops, use, monkeypatch, compilation, others, expected):
+    from vllm.config import CUDAGraphMode
+
+    values = {"cudagraph_mode": "NONE", "use_inductor_graph_partition": False, "pass_config": SimpleNamespace(), **compilation}
+    values["cudagraph_mode"] = CUDAGraphMode[values["cudagraph_mode"]]
+    with_config(monkeypatch, ops, **{"compilation_config": SimpleNamespace(**values), "parallel_config": SimpleNamespace(), **others})
+    reason = ops._why_not_graphs()
+    assert reason is None if expected is None else expected in reason
 
 
 def test_batch_invariance_and_foreign_platforms_decline(ops, use, build_layer, monkeypatch):
@@ -357,63 +775,120 @@ def test_batch_invariance_and_foreign_platforms_decline(ops, use, build_layer, m
 
 
 # ---------------------------------------------------------------------------------------------------------- layers
+GEMM_OPS = ("norm_qkv", "o_proj", "norm_gate_up", "down_proj")
+
+
 @pytest.mark.parametrize("residual", [False, True])
-def test_fused_and_stock_forward_agree(ops, use, build_layer, residual):
+@pytest.mark.parametrize("op", [*GEMM_OPS, "all"])
+def test_fused_and_stock_forward_agree(ops, use, build_layer, monkeypatch, op, residual):
     use("1")
+    monkeypatch.setenv("VLLM_MIRAGE_OPS", op)
     layer = build_layer(layer_class())
     finish_loading(layer)
-    calls = ops.mirage_report()["calls"]["norm_qkv.torch"]
+    assert calls_of(ops) == {}
     fused = layer(*layer_inputs(residual))
-    assert ops.mirage_report()["calls"]["norm_qkv.torch"] == calls + 1
-    layer.fused_norm_qkv = None
+    expected = dict.fromkeys(GEMM_OPS if op == "all" else [op], 1)
+    assert calls_of(ops) == expected
+    layer.fused.clear()
     stock = layer(*layer_inputs(residual))
-    assert ops.mirage_report()["calls"]["norm_qkv.torch"] == calls + 1
+    assert calls_of(ops) == expected
     for ours, theirs in zip(fused, stock, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02)
+
+
+def test_attention_is_called_with_qkv_and_positions(ops, use, build_layer, monkeypatch):
+    """The wiring alone: what attention computes is above, and in the engine's tests."""
+    use("1")
+    layer = build_layer(layer_class(), attention=True)
+    finish_loading(layer)
+    positions, x, residual = layer_inputs(True)
+    given = []
+
+    def answer(self, *arguments):
+        given.append(arguments)
+        return torch.zeros(5, self.attention.q_size, dtype=torch.bfloat16)
+
+    monkeypatch.setattr(ops.FusedAttention, "__call__", answer)
+    out, _ = layer(positions, x, residual)
+    qkv, _ = layer.fused["norm_qkv"](x, residual)
+    assert given[0][0] is positions and torch.equal(given[0][1], qkv)
+    assert out.shape == x.shape
+    assert calls_of(ops) == {**dict.fromkeys(GEMM_OPS, 1), "norm_qkv": 2}
 
 
 def test_switched_off_the_layer_is_stock(ops, use, build_layer):
     use("0")
     layer = build_layer(layer_class())
-    assert layer.fused_norm_qkv is None
-    [entry] = ops.mirage_report()["layers"]
-    assert entry == {
-        "name": "model.layers.0",
-        "op": "norm_qkv",
-        "path": "stock",
-        "kernel": None,
-        "reason": "VLLM_USE_MIRAGE=0",
-    }
+    assert layer.fused == {} and layer.fused_norm_qkv is None
+    stock = {"name": "model.layers.0", "path": "stock", "kernel": None, "reason": "VLLM_USE_MIRAGE=0"}
+    assert ops.mirage_report()["layers"] == [{**stock, "op": op} for op in ops.OPS]
+
+
+@pytest.mark.parametrize("op", ["norm_qkv", "attention", "o_proj", "norm_gate_up", "down_proj"])
+def test_single_ops_can_be_chosen(ops, use, build_layer, monkeypatch, op):
+    use("1")
+    monkeypatch.setenv("VLLM_MIRAGE_OPS", op)
+    layer = build_layer(layer_class(), attention=True)
+    assert set(layer.fused) == {op} and (layer.fused_norm_qkv is not None) == (op == "norm_qkv")
+    for entry in ops.mirage_report()["layers"]:
+        assert (entry["path"] == "fused") == (entry["op"] == op)
+        assert ("VLLM_MIRAGE_OPS" in entry["reason"]) == (entry["op"] != op)
+
+
+def test_on_a_gpu_an_op_without_a_kernel_is_stock(ops, use, build_layer, monkeypatch):
+    use("1")
+    cuda = SimpleNamespace(is_cuda=lambda: True, is_cpu=lambda: False)
+    monkeypatch.setattr(ops, "current_platform", cuda)
+    linear_method = build_layer(layer_class()).mlp.down_proj.quant_method
+    monkeypatch.setattr(ops, "default_unquantized_gemm", getattr(linear_method, "_gemm_impl", None))
+    assert build_layer(layer_class()).fused == {}
+    report = {entry["op"]: entry for entry in ops.mirage_report()["layers"]}
+    assert {entry["path"] for entry in report.values()} == {"stock"}
+    assert all(report[op]["reason"].startswith("no kernel: ") for op in GEMM_OPS)
+    monkeypatch.setattr(ops.mirage_ops, "_prepare", lambda *shape: RecordingKernel())
+    ops.mirage_ops.kernels.clear()
+    assert set(build_layer(layer_class()).fused) == set(GEMM_OPS)  # the CPU's attention is not FlashAttention
+
+
+class Wrapper(nn.Module):
+    """What LoRA, for one, puts in a projection's place after the layer was built."""
+
+    def __init__(self, base_layer):
+        super().__init__()
+        self.base_layer = base_layer
+
+    def forward(self, x):
+        out, bias = self.base_layer(x)
+        return out + 1, bias
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_a_replaced_projection_takes_the_stock_path(ops, use, build_layer, compiled):
-    """LoRA replaces qkv_proj after the layer was built: a wrapper that is not called would be ignored silently."""
+@pytest.mark.parametrize(
+    ("op", "part", "name"),
+    [
+        ("norm_qkv", "self_attn", "qkv_proj"),
+        ("o_proj", "self_attn", "o_proj"),
+        ("norm_gate_up", "mlp", "gate_up_proj"),
+        ("down_proj", "mlp", "down_proj"),
+    ],
+)
+def test_a_replaced_projection_takes_the_stock_path(ops, use, build_layer, op, part, name, compiled):
+    """A wrapper that is not called would be ignored silently."""
     use("1")
     layer = build_layer(layer_class())
     finish_loading(layer)
     run = torch.compile(layer, backend="eager", fullgraph=True) if compiled else layer
-    calls = ops.mirage_report()["calls"]["norm_qkv.torch"]
     before = run(*layer_inputs(True))
-    assert ops.mirage_report()["calls"]["norm_qkv.torch"] == calls + 1
+    assert calls_of(ops) == dict.fromkeys(GEMM_OPS, 1)
 
-    class Wrapper(nn.Module):
-        def __init__(self, base_layer):
-            super().__init__()
-            self.base_layer = base_layer
-
-        def forward(self, x):
-            qkv, bias = self.base_layer(x)
-            return qkv + 1, bias
-
-    layer.self_attn.qkv_proj = Wrapper(layer.self_attn.qkv_proj)
-    calls = ops.mirage_report()["calls"]["norm_qkv.torch"]
+    setattr(getattr(layer, part), name, Wrapper(getattr(getattr(layer, part), name)))
     after = run(*layer_inputs(True))
-    assert ops.mirage_report()["calls"]["norm_qkv.torch"] == calls
+    assert calls_of(ops) == {**dict.fromkeys(GEMM_OPS, 2), op: 1}
     assert not torch.allclose(before[0], after[0])
-    [entry] = ops.mirage_report()["layers"]
-    assert (entry["path"], entry["kernel"]) == ("stock", None)
-    assert "replaced by Wrapper" in entry["reason"]
+    report = {entry["op"]: entry for entry in ops.mirage_report()["layers"]}
+    assert (report[op]["path"], report[op]["kernel"]) == ("stock", None)
+    assert report[op]["reason"] == f"{name} was replaced by Wrapper after the layer was built"
+    assert all(report[other]["path"] == "fused" for other in GEMM_OPS if other != op)
 
 
 def test_a_subclass_with_its_own_forward_takes_the_stock_path(ops, use, build_layer):
@@ -427,28 +902,31 @@ def test_a_subclass_with_its_own_forward_takes_the_stock_path(ops, use, build_la
     class Plain(base):
         pass
 
-    assert build_layer(Eagle).fused_norm_qkv is None
+    assert build_layer(Eagle).fused == {}
     assert "Eagle has a forward of its own" in ops.mirage_report()["layers"][0]["reason"]
-    assert build_layer(Plain).fused_norm_qkv is not None
+    assert set(build_layer(Plain).fused) == set(ops.OPS)
 
 
 def test_strict_refuses_a_layer_without_a_kernel(ops, use, build_layer, monkeypatch):
     use("strict")
-    sentence = r"model\.layers\.0 cannot run a Mirage kernel: no kernel for 256→512 bfloat16"
+    sentence = r"norm_qkv of model\.layers\.0 cannot run a Mirage kernel: no kernel: the weights are on the cpu"
     with pytest.raises(RuntimeError, match=sentence):
         build_layer(layer_class())
-    monkeypatch.setattr(ops, "_prepare", lambda *shape: RecordingKernel())
-    ops._kernels.clear()
-    layer = build_layer(layer_class())
-    [entry] = ops.mirage_report()["layers"]
-    assert layer.fused_norm_qkv is not None
-    assert (entry["path"], entry["kernel"], entry["reason"]) == ("fused", "recording", None)
+    monkeypatch.setattr(ops.mirage_ops, "_prepare", lambda *shape: RecordingKernel())
+    ops.mirage_ops.kernels.clear()
+    layer = build_layer(layer_class(), attention=True)
+    assert set(layer.fused) == set(ops.OPS)
+    kinds = {(entry["path"], entry["kernel"], entry["reason"]) for entry in ops.mirage_report()["layers"]}
+    assert kinds == {("fused", "recording", None)}
 
 
-def test_strict_accepts_an_op_that_was_switched_off(ops, use, build_layer, monkeypatch):
+def test_strict_accepts_ops_that_were_switched_off(ops, use, build_layer, monkeypatch):
     use("strict")
     monkeypatch.setenv("VLLM_MIRAGE_OPS", "none")
-    assert build_layer(layer_class()).fused_norm_qkv is None
+    assert build_layer(layer_class()).fused == {}
+    monkeypatch.setenv("VLLM_MIRAGE_OPS", "down_proj")
+    with pytest.raises(RuntimeError, match=r"down_proj of model\.layers\.0 cannot run"):
+        build_layer(layer_class())
 
 
 # ---------------------------------------------------------------------------------------------------------- models
@@ -479,7 +957,7 @@ def test_the_model_has_exactly_stocks_names(ops, use, build_model, monkeypatch):
 
     use("1")
     ours = build_model()
-    assert all(layer.fused_norm_qkv is not None for layer in ours.model.layers)
+    assert all(set(layer.fused) == set(ops.OPS) for layer in ours.model.layers)
     stock_layer = qwen3.Qwen3DecoderLayer.__mro__[1]
     monkeypatch.setattr(qwen3.stock, "Qwen3DecoderLayer", stock_layer)
     monkeypatch.setattr(qwen3.stock.Qwen3Model, "decoder_layer_type", stock_layer, raising=False)
@@ -488,23 +966,49 @@ def test_the_model_has_exactly_stocks_names(ops, use, build_model, monkeypatch):
     assert names(ours) == names(stock)
 
 
-def test_one_line_tells_how_many_layers_are_fused(ops, use, build_model, monkeypatch):
-    lines = []
-    monkeypatch.setattr(ops.logger, "info", lambda message, *values: lines.append(message % values))
-    for value, expected in (
-        ("0", "Mirage: 0 of 3 layers fused (VLLM_USE_MIRAGE=0)"),
+ALL_OPS = "norm_qkv, attention, o_proj, norm_gate_up, down_proj"
+NO_KERNEL = "no kernel: the weights are on the cpu, not on a GPU; PyTorch runs inside the op"
+
+
+@pytest.mark.parametrize(
+    ("switch", "change", "expected"),
+    [
+        ("0", lambda layer: None, f"0 of 3 layers fused ({ALL_OPS}: stock, VLLM_USE_MIRAGE=0)"),
+        ("1", lambda layer: None, f"3 of 3 layers fused ({ALL_OPS}: {NO_KERNEL})"),
         (
             "1",
-            "Mirage: 3 of 3 layers fused (norm_qkv, no kernel for 256→512 bfloat16: the weights are on the cpu, "
-            "not on a GPU; PyTorch runs inside the op)",
+            lambda layer: subclass(layer.mlp, "LongMLP") if "layers.1." in layer.self_attn.qkv_proj.prefix else None,
+            f"2 of 3 layers fused ({ALL_OPS}: {NO_KERNEL}; {ALL_OPS}: stock, a part of the layer is LongMLP, not Qwen2MLP)",
         ),
-    ):
-        use(value)
-        lines.clear()
-        model = build_model()
-        assert [line for line in lines if line.startswith("Mirage")] == [expected]
-        assert len(ops.mirage_report()["layers"]) == len(model.model.layers) == 3
+    ],
+)
+def test_one_line_tells_how_many_layers_are_fused(ops, use, build_model, monkeypatch, switch, change, expected):
+    lines: list[str] = []
+    fuse_layer = ops.fuse_layer
+
+    def changed(layer, *arguments):
+        change(layer)
+        return fuse_layer(layer, *arguments)
+
+    monkeypatch.setattr(ops, "fuse_layer", changed)
+    monkeypatch.setattr(ops.logger, "info", lambda message, *values: lines.append(message % values))
+    use(switch)
+    model = build_model()
+    assert [line for line in lines if line.startswith("Mirage")] == [f"Mirage: {expected}"]
+    assert len(ops.mirage_report()["layers"]) == len(ops.OPS) * len(model.model.layers) == 15
     json.dumps(ops.mirage_report())
+
+
+@pytest.mark.parametrize(("chosen", "added"), [("all", True), ("norm_qkv", False)])
+def test_piecewise_graphs_stop_before_fused_attention(ops, use, build_model, engine_config, monkeypatch, chosen, added):
+    use("1")
+    monkeypatch.setenv("VLLM_MIRAGE_OPS", chosen)
+    vllms = ["vllm::unified_attention_with_output"]
+    monkeypatch.setattr(engine_config.compilation_config, "splitting_ops", [*vllms])
+    for _ in range(2):  # three layers, and a second model of the same configuration: still named once
+        model = build_model()
+        assert engine_config.compilation_config.splitting_ops == vllms + ["vllm_mirage::decode_attention"] * added
+    assert model.model.layers[0].fused
 
 
 # ---------------------------------------------------------------------------------------------------- installation
