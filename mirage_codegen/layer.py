@@ -64,7 +64,14 @@ MODELS = {  # transformers' Qwen3Config
 }
 
 
-@torch.compile(dynamic=False)
+def any_tokens(x: torch.Tensor) -> torch.Tensor:
+    """x, compiled for any number of tokens but one by itself, as vLLM compiles: one compilation for all token limits."""
+    if x.shape[0] > 1:
+        torch._dynamo.mark_dynamic(x, 0)
+    return x
+
+
+@torch.compile
 def stock_norm(hidden_states: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Residual add and RMSNorm with vLLM's rounding points."""
     stream = hidden_states.float() + residual.float()
@@ -72,14 +79,14 @@ def stock_norm(hidden_states: torch.Tensor, residual: torch.Tensor, weight: torc
     return normed.to(weight.dtype) * weight, stream.to(weight.dtype)
 
 
-@torch.compile(dynamic=False)
+@torch.compile
 def stock_silu(gate_up: torch.Tensor) -> torch.Tensor:
     """SiLU·mul of the two halves."""
     gate, up = gate_up.chunk(2, -1)
     return F.silu(gate) * up
 
 
-@torch.compile(dynamic=False)
+@torch.compile
 def stock_rope(
     qkv: torch.Tensor, positions: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor, angles: torch.Tensor, heads: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -141,15 +148,15 @@ class Step:
         weight = self.weights[i]["norm_qkv"]
         if kernel is not None:
             return kernel(x, r, self.gammas[0], weight, EPS)
-        normed, r = stock_norm(x, r, self.gammas[0])
+        normed, r = stock_norm(any_tokens(x), any_tokens(r), self.gammas[0])
         return F.linear(normed, weight), r
 
     def norm_gate_up(self, kernel: Any, i: int, x: torch.Tensor, r: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         weight = self.weights[i]["norm_gate_up"]
         if kernel is not None:
             return kernel(x, r, self.gammas[1], weight, EPS)
-        normed, r = stock_norm(x, r, self.gammas[1])
-        return stock_silu(F.linear(normed, weight)), r
+        normed, r = stock_norm(any_tokens(x), any_tokens(r), self.gammas[1])
+        return stock_silu(any_tokens(F.linear(normed, weight))), r
 
     def linear(self, op: str, kernel: Any, i: int, x: torch.Tensor) -> torch.Tensor:
         weight = self.weights[i][op]
@@ -201,7 +208,7 @@ class Step:
                     num_splits=32,
                 )
             self._flash = version
-        q, k = stock_rope(qkv, cache.positions, *self.head_gammas, self.angles, self.shape.heads)
+        q, k = stock_rope(any_tokens(qkv), any_tokens(cache.positions), *self.head_gammas, self.angles, self.shape.heads)
         v = qkv.view(self.num_tokens, -1, HEAD_DIM)[:, -self.shape.kv_heads :]
         keys, values = cache.kv_cache.transpose(1, 2).split(HEAD_DIM, dim=-1)
         vllm_ops.reshape_and_cache_flash(k, v, keys, values, cache.slots, "auto", self._one, self._one)

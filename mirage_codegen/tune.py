@@ -196,9 +196,9 @@ def tune_attention(shape: LayerShape, device: torch.device, kernels: dict[str, A
             if not isinstance(kernel, str):
                 times = [step.time_us({**others, "attention": kernel}, replays=5) for step in steps]
                 timed.append((times, plan))
-        # short contexts decide, among plans that lose nothing at long ones
+        # short contexts count most, among plans that lose nothing at long ones
         fair = [entry for entry in timed if entry[0][1] <= stock[1]]
-        best = min(fair, key=lambda entry: entry[0][0], default=None)
+        best = min(fair, key=lambda entry: entry[0][0] * entry[0][1] ** 0.15, default=None)
         for times, plan in sorted(timed, key=lambda entry: entry[0][0])[:3]:
             cases = zip((CONTEXT, LONG_CONTEXT), times, stock, strict=True)
             shown = ", ".join(f"{context} tokens {spent:.2f} of {whole:.2f}" for context, spent, whole in cases)
@@ -261,10 +261,10 @@ def run(arguments: argparse.Namespace) -> int:
     output = Path(arguments.output) if arguments.output else plans.user_table()
     table = plans.read_table(output)
     entries = table.setdefault(arch, {})
-    torch._dynamo.config.cache_size_limit = 256  # one graph for each shape and token limit
     compile_all(list(shapes.values()), LIMITS, arch, arguments.candidates)
     for name, shape in shapes.items():
         started = time.perf_counter()
+        torch._dynamo.reset()  # the stock path is compiled for this shape's lengths, not for any
         found, lines = tune_shape(shape, device, LIMITS, arguments.candidates)
         for op in GEMMS:
             kind, k, n = shape.gemm(op)

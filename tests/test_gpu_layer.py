@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All layers of Qwen3-0.6B's shape over hundreds of decode steps on a GPU: kernels and stock path against float64, errors compared.
+
+Rounding errors of one layer are inputs of the next, and keys and values stay in the cache for all later steps: what a single op's test
+cannot see. The stock path is the tuner's (mirage_codegen/layer.py): Inductor, cuBLAS, vLLM's cache write and FlashAttention.
+"""
+
+import copy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
+
+LAYERS, STEPS = 28, 512
+
+
+class Exact:
+    """The same layers in float64, with caches of their own."""
+
+    def __init__(self, step, layer):
+        self.step, self.layer = step, layer
+        self.weights = [{op: weight.double() for op, weight in weights.items()} for weights in step.weights]
+        shape = step.shape
+        self.keys, self.values = torch.zeros(
+            (2, len(step.weights), step.num_tokens, STEPS, shape.kv_heads, 128), dtype=torch.float64, device=step.device
+        )
+
+    def norm(self, x, gamma):
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.layer.EPS) * gamma.double()
+
+    def rotated(self, x, gamma, position):
+        cos, sin = self.step.angles[position].double().chunk(2, -1)
+        low, high = self.norm(x, gamma).chunk(2, -1)
+        return torch.cat([low * cos - high * sin, high * cos + low * sin], -1)
+
+    def __call__(self, i, stream, position):
+        step, shape, weights = self.step, self.step.shape, self.weights[i]
+        qkv = (self.norm(stream, step.gammas[0]) @ weights["norm_qkv"].t()).view(step.num_tokens, -1, 128)
+        q, k, v = qkv.split([shape.heads, shape.kv_heads, shape.kv_heads], 1)
+        self.keys[i][:, position], self.values[i][:, position] = self.rotated(k, step.head_gammas[1], position), v
+        q = self.rotated(q, step.head_gammas[0], position).view(step.num_tokens, shape.kv_heads, -1, 128)
+        scores = torch.einsum("mhgd,mthd->mhgt", q, self.keys[i][:, : position + 1]) * 128**-0.5
+        out = torch.einsum("mhgt,mthd->mhgd", scores.softmax(-1), self.values[i][:, : position + 1])
+        stream = stream + out.reshape(step.num_tokens, -1) @ weights["o_proj"].t()
+        gate, up = (self.norm(stream, step.gammas[1]) @ weights["norm_gate_up"].t()).chunk(2, -1)
+        return stream + (torch.nn.functional.silu(gate) * up) @ weights["down_proj"].t()
+
+
+def at(step, position):
+    """Sets the step's caches to a decode step at that position."""
+    for cache in step.caches:
+        cache.seq_lens.fill_(position + 1)
+        cache.positions.fill_(position)
+        cache.slots.copy_(cache.block_table[:, position // 16].long() * 16 + position % 16)
+    step._flash = None  # FlashAttention's schedule depends on the lengths
+
+
+@pytest.mark.parametrize("num_tokens", [1, 8])
+def test_the_final_hidden_state_errs_little_more_than_stocks(num_tokens, record_property):
+    from mirage_codegen import layer
+    from mirage_kernels import prepare, prepare_attention
+
+    device, shape = torch.device("cuda", 0), layer.MODELS["0.6B"]
+    fused = layer.Step(shape, num_tokens, STEPS, device, copies=LAYERS)
+    stock = copy.copy(fused)
+    stock.caches = [layer.Cache(shape, num_tokens, STEPS, device) for _ in range(LAYERS)]
+    kernels = {"attention": prepare_attention(heads=shape.heads, kv_heads=shape.kv_heads, dtype=torch.bfloat16, device=device)}
+    for op in layer.GEMMS:
+        kind, k, n = shape.gemm(op)
+        kernels[op] = prepare(kind, k=k, n=n, dtype=torch.bfloat16, device=device)
+    assert not [kernel for kernel in kernels.values() if isinstance(kernel, str)]
+
+    exact = Exact(fused, layer)
+    squares = {"kernels": 0.0, "stock": 0.0}
+    for position in range(STEPS):
+        start = torch.randn(num_tokens, shape.hidden, device=device).bfloat16()
+        stream = start.double()
+        for i in range(LAYERS):
+            stream = exact(i, stream, position)
+        for name, step, chosen in (("kernels", fused, kernels), ("stock", stock, dict.fromkeys(layer.OPS))):
+            at(step, position)
+            x, r = start, torch.zeros_like(start)
+            for i in range(LAYERS):
+                x, r = step.layer(chosen, i, x, r)
+            error = (x.double() + r.double() - stream).norm() / stream.norm()
+            assert error < 0.1, (name, position)
+            squares[name] += error.item() ** 2
+    ratio = (squares["kernels"] / squares["stock"]) ** 0.5
+    root = {name: (total / STEPS) ** 0.5 for name, total in squares.items()}
+    record_property("errors", root)
+    print(f"{num_tokens} requests, {LAYERS} layers, {STEPS} steps: error {root['kernels']:.2e}, stock {root['stock']:.2e}, ratio {ratio:.3f}")
+    assert ratio <= 1.1
