@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -418,37 +419,38 @@ def check_stock_report(reports: list[dict]) -> list[str]:
 
 
 def check_overlay_report(reports: list[dict]) -> list[str]:
-    """Reasons why the arm with VLLM_USE_MIRAGE=1 was not fused throughout."""
+    """Reasons why the arm with VLLM_USE_MIRAGE=1 proves nothing: a layer without any fused op, an op or a kernel that never ran.
+
+    A single op on the stock path is no failure: on a GPU one that has no kernel for this model takes it.
+    """
     failures = []
     for rank, report in enumerate(reports):
         layers = report["layers"]
-        unfused = [layer for layer in layers if layer["path"] != "fused"]
+        names = {layer["name"] for layer in layers}
+        unfused = names - {layer["name"] for layer in layers if layer["path"] == "fused"}
         if not layers:
             failures.append(f"No decoder layer of the overlay was built on rank {rank}.")
         elif unfused:
-            reasons = "; ".join(sorted({str(layer["reason"]) for layer in unfused}))
-            failures.append(f"{len(unfused)} of {len(layers)} layers took the stock path on rank {rank}: {reasons}.")
-        if not any(report["calls"].values()):
-            failures.append(f"No fused op was called on rank {rank}, although VLLM_USE_MIRAGE was on.")
-        for op in sorted({layer["op"] for layer in layers if layer["kernel"]}):
-            if not report["calls"].get(f"{op}.kernel"):
+            reasons = "; ".join(sorted({str(layer["reason"]) for layer in layers if layer["name"] in unfused}))
+            failures.append(f"{len(unfused)} of {len(names)} layers took the stock path on rank {rank}: {reasons}.")
+        for op in sorted({layer["op"] for layer in layers if layer["path"] == "fused"}):
+            made = any(layer["kernel"] for layer in layers if layer["op"] == op)
+            if made and not report["calls"].get(f"{op}.kernel"):
                 failures.append(f"The kernel of {op} was made on rank {rank} but never called.")
+            elif not made and not report["calls"].get(f"{op}.torch"):
+                failures.append(f"The op {op} is fused on rank {rank} but was never called.")
     return failures
 
 
 def layer_lines(report: dict, verbose: bool) -> Iterator[str]:
-    """The path of each layer: one line for a run of like layers, or with `verbose` one line for each layer."""
-    run: list[dict] = []
-
-    def same(a: dict, b: dict) -> bool:
-        return all(a[key] == b[key] for key in ("op", "path", "kernel", "reason"))
-
-    for layer in [*report["layers"], None]:
-        if run and (layer is None or verbose or not same(run[-1], layer)):
+    """The path of each op: one line for a run of layers where it is the same, or with `verbose` one line for each layer."""
+    by_op: dict[str, list[dict]] = {}
+    for layer in report["layers"]:
+        by_op.setdefault(layer["op"], []).append(layer)
+    for layers in by_op.values():
+        runs = [[layer] for layer in layers] if verbose else [list(run) for _, run in itertools.groupby(layers, _path_in_words)]
+        for run in runs:
             yield f"{_layer_range(run)}: {_path_in_words(run[0])}"
-            run = []
-        if layer is not None:
-            run.append(layer)
 
 
 def _layer_range(run: list[dict]) -> str:
@@ -458,7 +460,7 @@ def _layer_range(run: list[dict]) -> str:
 
 def _path_in_words(layer: dict) -> str:
     if layer["path"] != "fused":
-        return f"stock path ({layer['reason']})"
+        return f"stock path, op {layer['op']} ({layer['reason']})"
     if layer["kernel"]:
         return f"fused path, op {layer['op']}, kernel {layer['kernel']}"
     return f"fused path, op {layer['op']}, computed by PyTorch ({layer['reason'] or 'no kernel'})"
@@ -509,8 +511,8 @@ def print_path(result: dict[str, Any], verbose: bool) -> None:
         prefix = f"rank {rank}: " if len(result["reports"]) > 1 else ""
         for line in layer_lines(report, verbose):
             say(f"  {prefix}{line}")
-        calls = ", ".join(f"{name} {count}" for name, count in report["calls"].items())
-        say(f"  {prefix}op calls in this process: {calls}")
+        calls = ", ".join(f"{name} {count}" for name, count in report["calls"].items() if count)
+        say(f"  {prefix}op calls in this process: {calls or 'none'}")
 
 
 def print_verdict(failures: list[str], detail: str) -> int:

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -68,45 +69,59 @@ def test_the_overlay_passes_on_the_tiny_model(overlaid):
     done = run_script("--model", "tiny", "--max-tokens", "16", pythonpath=overlaid.parent)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "112 of 112 tokens" in done.stdout  # 7 prompts (the first one twice), float32: none differs
-    assert "model.layers.0 to 2: fused path, op norm_qkv" in done.stdout
+    for op in ("norm_qkv", "attention", "o_proj", "norm_gate_up", "down_proj"):
+        assert f"model.layers.0 to 2: fused path, op {op}" in done.stdout
     assert done.stdout.splitlines()[-1] == "PASS: the overlay's answers equal stock vLLM's."
 
 
-SABOTAGES = {
-    "gamma forgotten": """
+SABOTAGES = {  # (stand-in, body of its wrong __call__)
+    "gamma forgotten": (
+        "FusedRMSNormQKV",
+        """
         weight = self.norm_layer.weight
         kept, weight.data = weight.data, torch.ones_like(weight.data)
-        qkv, residual = _right(self, hidden_states, residual)
+        out = _right(self, *arguments)
         weight.data = kept
-        return qkv, residual
-    """,
-    "residual dropped": """
-        return _right(self, hidden_states, None)
-    """,
-    "normalised twice": """
-        total = hidden_states if residual is None else hidden_states + residual
+        return out
+        """,
+    ),
+    "residual dropped": ("FusedRMSNormQKV", "return _right(self, arguments[0], None)"),
+    "normalised twice": (
+        "FusedRMSNormQKV",
+        """
+        total = arguments[0] if arguments[1] is None else arguments[0] + arguments[1]
         qkv, _ = _right(self, self.norm_layer(total), None)
         return qkv, total
-    """,
-    "eps a thousand times too large, in the first layer": """
-        if residual is not None:
-            return _right(self, hidden_states, residual)
+        """,
+    ),
+    "eps a thousand times too large, in the first layer": (
+        "FusedRMSNormQKV",
+        """
+        if arguments[1] is not None:
+            return _right(self, *arguments)
         kept, self.norm_layer.variance_epsilon = self.norm_layer.variance_epsilon, 1e-3
-        qkv, residual = _right(self, hidden_states, residual)
+        out = _right(self, *arguments)
         self.norm_layer.variance_epsilon = kept
-        return qkv, residual
-    """,
+        return out
+        """,
+    ),
+    "the norm before the MLP adds no residual": (
+        "FusedRMSNormGateUpSiLU",
+        "return _right(self, arguments[0], torch.zeros_like(arguments[1]))",
+    ),
+    "positions one too far": ("FusedAttention", "return _right(self, arguments[0] + (arguments[0] > 3), arguments[1])"),
+    "one column of a projection lost": ("FusedLinear", "return _right(self, arguments[0] * (torch.arange(arguments[0].shape[1]) > 0))"),
 }
 
 
 @pytest.mark.engine
 @pytest.mark.parametrize("sabotage", SABOTAGES)
 def test_a_wrong_overlay_fails(sabotage, overlaid, stock, tmp_path, capsys):
+    stand_in, body = SABOTAGES[sabotage]
     with (overlaid / OPS_FILE).open("a") as ops:
-        ops.write(
-            f"\n_right = FusedRMSNormQKV.__call__\ndef _wrong(self, hidden_states, residual):{SABOTAGES[sabotage]}"
-        )
-        ops.write("\nFusedRMSNormQKV.__call__ = _wrong\n")
+        ops.write(f"\n_right = {stand_in}.__call__\ndef _wrong(self, *arguments):\n")
+        ops.write(textwrap.indent(textwrap.dedent(body).strip(), "    "))
+        ops.write(f"\n{stand_in}.__call__ = _wrong\n")
     overlay = script.run_arm("1", tiny_spec(), tmp_path, verbose=False)
     assert not script.check_overlay_report(overlay["reports"])  # the path is right: the answers give it away
     assert script.report(stock, overlay, verbose=False, random_weights=True) == 1
@@ -190,35 +205,44 @@ def test_answers_of_one_repeated_token_prove_nothing():
 
 
 # --------------------------------------------------------------------------- the report
-def layer(index, path="fused", kernel=None, reason=None):
-    return {"name": f"model.layers.{index}", "op": "norm_qkv", "path": path, "kernel": kernel, "reason": reason}
+def layer(index, path="fused", kernel=None, reason=None, op="norm_qkv"):
+    return {"name": f"model.layers.{index}", "op": op, "path": path, "kernel": kernel, "reason": reason}
 
 
 def path_report(layers, kernel_calls=0, torch_calls=0):
     return {"layers": layers, "calls": {"norm_qkv.kernel": kernel_calls, "norm_qkv.torch": torch_calls}}
 
 
-def test_like_layers_share_a_line():
+def test_like_layers_of_an_op_share_a_line():
     layers = [layer(0, kernel="k"), layer(1, kernel="k"), layer(2, "stock", reason="bias"), layer(3, kernel="k")]
-    assert list(script.layer_lines(path_report(layers), verbose=False)) == [
+    mixed = [entry for i, first in enumerate(layers) for entry in (first, layer(i, reason="on the CPU", op="o_proj"))]
+    assert list(script.layer_lines(path_report(mixed), verbose=False)) == [
         "model.layers.0 to 1: fused path, op norm_qkv, kernel k",
-        "model.layers.2: stock path (bias)",
+        "model.layers.2: stock path, op norm_qkv (bias)",
         "model.layers.3: fused path, op norm_qkv, kernel k",
+        "model.layers.0 to 3: fused path, op o_proj, computed by PyTorch (on the CPU)",
     ]
-    assert len(list(script.layer_lines(path_report(layers), verbose=True))) == 4
+    assert len(list(script.layer_lines(path_report(mixed), verbose=True))) == 8
 
 
 @pytest.mark.parametrize(
     ("report", "failure"),
     [
         (path_report([]), "No decoder layer"),
-        (path_report([layer(0)]), "No fused op was called"),
-        (path_report([layer(0), layer(1, "stock", reason="bias")], torch_calls=4), "1 of 2 layers took the stock path"),
+        (path_report([layer(0)]), "The op norm_qkv is fused on rank 0 but was never"),
+        (path_report([layer(0), layer(1, "stock", reason="bias")], torch_calls=4), "1 of 2 layers took the stock path on rank 0: bias."),
         (path_report([layer(0, kernel="k")], torch_calls=4), "The kernel of norm_qkv was made on rank 0 but never"),
+        (path_report([layer(0), layer(0, op="o_proj")], torch_calls=4), "The op o_proj is fused on rank 0 but was never"),
     ],
 )
 def test_an_overlay_report_that_proves_no_fused_path_fails(report, failure):
-    assert any(failure in sentence for sentence in script.check_overlay_report([report]))
+    [sentence] = script.check_overlay_report([report])
+    assert sentence.startswith(failure)
+
+
+def test_an_op_without_a_kernel_may_be_stock_in_a_fused_layer():
+    layers = [layer(0, kernel="k"), layer(0, "stock", reason="no kernel", op="o_proj")]
+    assert not script.check_overlay_report([path_report(layers, kernel_calls=4)])
 
 
 def test_a_stock_arm_that_was_not_stock_fails():
