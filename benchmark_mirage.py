@@ -9,7 +9,7 @@
 
 serve   real prompts through LLM.generate: latency, time to first token, time per output token, tokens/s
 step    GPU time of one decode step: replays the CUDA graphs that the engine captured, no host time in it
-kernel  each fused op against compiled PyTorch and against the memory floor, weights cold
+kernel  each fused op by itself against the stock path and against the memory floor, weights cold
 
 Exit status: 0 measured, 1 a measurement failed or --compare found a regression, 2 wrong input.
 BENCHMARK_GUIDE.md explains every option and how to read the report.
@@ -21,6 +21,7 @@ import argparse
 import contextlib
 import importlib
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -55,6 +56,8 @@ QWEN3_SIZES = {  # name: (hidden, intermediate, layers, q heads, kv heads, tied 
 }
 TINY_MODELS = ("tiny", "tiny-0.6b")
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes of one element
+KERNEL_OPS = ("norm_qkv", "attention", "o_proj", "norm_gate_up", "down_proj")
+CONTEXT = 256  # kernel: cached tokens of each request that attention reads
 LAUNCHES = 96  # in one graph at least, so that the gap between two replays of it does not count
 DEFAULT_ROUNDS = {"serve": 5, "step": 10, "kernel": 20}
 DEFAULT_BATCHES = {"serve": [1, 2, 4], "step": [1, 2, 4, 8, 16, 24, 32, 64], "kernel": [1, 2, 4, 8, 16, 24, 32, 64]}
@@ -357,11 +360,11 @@ class Bench:
         torch.cuda.empty_cache()  # the buffers must not stay with an engine that is being measured
         return bandwidth
 
-    def kernel(self, k: int, n: int, batch: int, dtype: str, rounds: int, warmup: int, seed: int) -> dict[str, Any]:
-        """norm_qkv (add + RMSNorm + linear, k to n) on `batch` tokens: µs of each round, errors against float64.
+    def kernel(self, size: str, op: str, batch: int, rounds: int, warmup: int, seed: int) -> dict[str, Any]:
+        """One fused op of one layer on `batch` tokens in bf16: µs of each round, errors against float64.
 
-        Weight copies rotate through more than the L2 holds, so that each call reads its weights from memory as in
-        a model. Both sides are replayed as CUDA graphs in turn.
+        Weights (or KV caches) rotate through more than the L2 holds, so that each call reads them from memory as in a
+        model. All sides are replayed as CUDA graphs in turn.
         """
         import torch
 
@@ -369,54 +372,48 @@ class Bench:
             kernels = importlib.import_module("vllm.model_executor.layers.mirage_kernels")
         except ImportError as error:
             return {"reason": f"no kernels are installed ({error})"}
-        device, kind = torch.device(DEVICE), getattr(torch, dtype)
-        shape = {"k": k, "n": n, "dtype": kind, "device": device}
+        layer = importlib.import_module("mirage_codegen.layer")
+        shape, device, dtype = layer.MODELS[size], torch.device(DEVICE), torch.bfloat16
         # a kernel that overlaps with its own last run starts on a GPU that is half its own: that is a second column
-        fused = kernels.prepare("rms_norm_linear", **shape, overlap=False)
-        overlapping = kernels.prepare("rms_norm_linear", **shape)
-        if isinstance(fused, str) or isinstance(overlapping, str):
-            return {"reason": fused}
-        inside = batch <= fused.max_tokens
-        path = fused.name if inside else f"the stock path inside the op (kernels end at {fused.max_tokens} tokens)"
-        importlib.import_module("vllm.model_executor.layers.fused_mirage_ops")  # registers the op
-        op = torch.ops.vllm_mirage.add_norm_qkv
-
+        sides: dict[str, Any] = {"stock": None}
+        for side, overlap in (("mirage", False), ("overlapping", True)):
+            if op == "attention":
+                heads = {"heads": shape.heads, "kv_heads": shape.kv_heads}
+                found = kernels.prepare_attention(**heads, dtype=dtype, device=device, overlap=overlap)
+            else:
+                kind, k, n = shape.gemm(op)
+                found = kernels.prepare(kind, k=k, n=n, dtype=dtype, device=device, overlap=overlap)
+            if isinstance(found, str):
+                return {"reason": found}
+            if batch > found.max_tokens:
+                return {"reason": f"the stock path runs (kernels end at {found.max_tokens} tokens)"}
+            sides[side] = found
+        torch._dynamo.reset()  # each shape compiles alone
         torch.manual_seed(seed)
         l2 = torch.cuda.get_device_properties(device).L2_cache_size
-        copies = max(2, math.ceil(4 * l2 / (n * k * DTYPES[dtype])))
-        hidden = torch.randn(batch, k, device=device, dtype=kind)
-        residual = torch.randn(batch, k, device=device, dtype=kind)
-        gamma = (1 + 0.2 * torch.randn(k, device=device)).to(kind)
-        weights = [torch.randn(n, k, device=device, dtype=kind) * 0.02 for _ in range(copies)]
-        torch._dynamo.reset()  # each shape compiles alone, as static shapes
-        compiled = torch.compile(add_rms_norm_linear, dynamic=False)
-        sides: dict[str, Any] = {"stock": compiled, "mirage": fused if inside else op}
-        if inside:
-            sides["overlapping"] = overlapping
-
-        expected = linear_float64(hidden, residual, gamma, weights[0])
-        errors, graphs = {}, {}
-        for arm, call in sides.items():
-            out = call(hidden, residual, gamma, weights[0], EPS)[0]
-            errors[arm] = ((out.double() - expected).norm() / expected.norm()).item()
-
-            def all_copies(call: Any = call) -> None:
-                for _ in range(math.ceil(LAUNCHES / copies)):
-                    for weight in weights:
-                        call(hidden, residual, gamma, weight, EPS)
-
-            graphs[arm] = capture(all_copies)
-        samples: dict[str, list[float]] = {side: [] for side in sides}
+        bytes_moved = layer.op_bytes(shape, op, batch, CONTEXT)
+        copies = max(2, math.ceil(4 * l2 / bytes_moved))
+        step = layer.Step(shape, batch, CONTEXT, device, copies=copies, ops=(op,))
+        exact, errors, graphs = step.exact(op), {}, {}
         calls = math.ceil(LAUNCHES / copies) * copies
+        for side, kernel in sides.items():
+            errors[side] = layer.relative_error(step.run(op, kernel, 0), exact)
+
+            def all_copies(kernel: Any = kernel) -> None:
+                for i in range(calls):
+                    step.run(op, kernel, i % copies)
+
+            graphs[side] = capture(all_copies)
+        samples: dict[str, list[float]] = {side: [] for side in sides}
         for turn in range(warmup + rounds):
             for side in sides:
                 microseconds = replay_us(graphs[side], 2) / calls
                 if turn >= warmup:
                     samples[side].append(microseconds)
-        overlap = samples.pop("overlapping", None)
+        overlap_us = float(np.median(samples.pop("overlapping")))
         return {
-            "samples": samples, "errors": errors, "copies": copies, "kernel": path, "overlapping": overlap and float(np.median(overlap)),
-            "bytes": DTYPES[dtype] * (n * k + k + batch * (3 * k + n)),  # weight, gamma, hidden, residual in/out, out
+            "samples": samples, "errors": errors, "copies": copies, "kernel": sides["mirage"].name,
+            "overlapping": overlap_us, "bytes": bytes_moved,
         }  # fmt: skip
 
     def describe(self) -> dict[str, Any]:
@@ -434,22 +431,6 @@ class Bench:
             "peak_memory_bytes": torch.cuda.max_memory_allocated() if gpu else None,
             "report": ops.mirage_report(),
         }
-
-
-def add_rms_norm_linear(hidden: Any, residual: Any, gamma: Any, weight: Any, eps: float) -> tuple[Any, Any]:
-    """What torch.compile gets: vLLM's native add + RMSNorm (float32 inside), then the linear layer."""
-    import torch
-
-    total = hidden.float() + residual.float()  # [tokens, k]
-    normed = total * torch.rsqrt(total.square().mean(-1, keepdim=True) + eps)
-    return torch.nn.functional.linear(normed.to(hidden.dtype) * gamma, weight), total.to(hidden.dtype)
-
-
-def linear_float64(hidden: Any, residual: Any, gamma: Any, weight: Any) -> Any:
-    """The same op in float64: [tokens, n]."""
-    total = hidden.double() + residual.double()
-    normed = total / (total.square().mean(-1, keepdim=True) + EPS).sqrt()
-    return (normed * gamma.double()) @ weight.double().t()
 
 
 def capture(call: Callable[[], Any]) -> Any:
@@ -820,23 +801,20 @@ def run_kernel(options: argparse.Namespace, scratch: Path, result: dict[str, Any
     try:
         bandwidth = worker.call("copy_bandwidth")
         result["floor"] = {"copy_bandwidth_bytes_per_s": bandwidth}
-        for size in sizes:
-            hidden, _, _, heads, kv_heads, _ = QWEN3_SIZES[size]
-            for batch in options.batch_sizes:
-                screen.status(f"norm_qkv, Qwen3-{size}, {batch} tokens")
-                case = {"k": hidden, "n": (heads + 2 * kv_heads) * 128, "batch": batch, "dtype": options.dtype}
-                counts = {"rounds": options.num_iterations, "warmup": options.num_warmup, "seed": options.seed}
-                try:
-                    answer = worker.call("kernel", **case, **counts)
-                except MeasurementError as error:  # a CUDA error poisons the process: the other cases get a new one
-                    answer = {"reason": str(error).splitlines()[-1]}
-                    worker.close()
-                    worker = Worker("mirage", scratch, offline=True)
-                line = row(f"Qwen3-{size}", "norm_qkv", batch, "µs", note=answer.pop("reason", None))
-                if answer:
-                    line |= {"floor": answer.pop("bytes") / bandwidth * 1e6} | answer
-                result["rows"].append(line)
-                screen.refresh()
+        for size, op, batch in itertools.product(sizes, KERNEL_OPS, options.batch_sizes):
+            screen.status(f"{op}, Qwen3-{size}, {batch} tokens")
+            counts = {"rounds": options.num_iterations, "warmup": options.num_warmup, "seed": options.seed}
+            try:
+                answer = worker.call("kernel", size=size, op=op, batch=batch, **counts)
+            except MeasurementError as error:  # a CUDA error poisons the process: the other cases get a new one
+                answer = {"reason": str(error).splitlines()[-1]}
+                worker.close()
+                worker = Worker("mirage", scratch, offline=True)
+            line = row(f"Qwen3-{size} {op}", "kernel", batch, "µs", note=answer.pop("reason", None))
+            if answer:
+                line |= {"floor": answer.pop("bytes") / bandwidth * 1e6} | answer
+            result["rows"].append(line)
+            screen.refresh()
         describe(worker, result)
     finally:
         worker.close()
@@ -1121,7 +1099,7 @@ def pyplot() -> Any:
     return importlib.import_module("matplotlib.pyplot")
 
 
-PLOTTED = {"serve": "time per output token", "step": "decode step", "kernel": "norm_qkv"}
+PLOTTED = {"serve": "time per output token", "step": "decode step", "kernel": "kernel"}
 COLOURS = {"stock": "#7f7f7f", "mirage": "#0072b2", "floor": "#d55e00"}
 
 

@@ -103,6 +103,25 @@ def stock_rope(
     return one(x[:, :heads], q_weight), one(x[:, heads : heads + kv_heads], k_weight)
 
 
+def rms_norm(x: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
+    """x [..., n] in float64, normalised."""
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS) * gamma.double()
+
+
+def relative_error(out: torch.Tensor, exact: torch.Tensor) -> float:
+    """‖out − exact‖ / ‖exact‖ in float64; NaN where out has NaN."""
+    return ((out.double() - exact).norm() / exact.norm()).item()
+
+
+def op_bytes(shape: LayerShape, op: str, num_tokens: int, context: int) -> int:
+    """The fewest bytes that one call must move: weights, or cached keys and values, and activations, once each."""
+    if op == "attention":
+        return 2 * num_tokens * HEAD_DIM * (2 * shape.kv_heads * context + 2 * shape.heads + 4 * shape.kv_heads)
+    kind, k, n = shape.gemm(op)
+    norm = kind != "linear"
+    return 2 * (plans.GEMM_OPS[kind].weights * n * k + num_tokens * (n + k * (3 if norm else 1)) + (k if norm else 0))
+
+
 class Cache:
     """A paged KV cache of one layer, and what a decode step over it needs; requests' pages lie scattered."""
 
@@ -118,9 +137,14 @@ class Cache:
 
 
 class Step:
-    """A decode step of `num_tokens` requests with `context` tokens each through `count` layers, a few weights taking turns."""
+    """A decode step of `num_tokens` requests with `context` tokens each; `copies` layers take turns (0: four times what the L2 holds).
 
-    def __init__(self, shape: LayerShape, num_tokens: int, context: int, device: torch.device, copies: int = 0):
+    Only what `ops` need is allocated.
+    """
+
+    def __init__(
+        self, shape: LayerShape, num_tokens: int, context: int, device: torch.device, copies: int = 0, ops: tuple[str, ...] = OPS
+    ):
         self.shape, self.num_tokens, self.context, self.device = shape, num_tokens, context, device
         cache_bytes = num_tokens * context * shape.kv_heads * 2 * HEAD_DIM * 2
         l2 = torch.cuda.get_device_properties(device).L2_cache_size
@@ -131,16 +155,17 @@ class Step:
             return (torch.empty(size, dtype=torch.bfloat16, device=device)).normal_(0, scale)
 
         self.weights = [
-            {op: draw(n * plans.GEMM_OPS[kind].weights, k, scale=k**-0.5) for op in GEMMS for kind, k, n in [shape.gemm(op)]}
+            {op: draw(n * plans.GEMM_OPS[kind].weights, k, scale=k**-0.5) for op in GEMMS if op in ops for kind, k, n in [shape.gemm(op)]}
             for _ in range(self.copies)
         ]
         self.gammas = [1 + draw(shape.hidden, scale=0.2) for _ in range(2)]
         self.head_gammas = [1 + draw(HEAD_DIM, scale=0.2) for _ in range(2)]
-        self.caches = [Cache(shape, num_tokens, context, device) for _ in range(self.copies)]
+        self.caches = [Cache(shape, num_tokens, context, device) for _ in range(self.copies if "attention" in ops else 0)]
         angle = torch.arange(context, device=device)[:, None] * 1e6 ** (-torch.arange(64, device=device) / 64)[None]
         self.angles = torch.cat([angle.cos(), angle.sin()], -1).bfloat16()
         self.hidden_states, self.residual = draw(num_tokens, shape.hidden), draw(num_tokens, shape.hidden)
         self._flash: Any = None
+        self._inputs: dict[str, torch.Tensor] = {}
 
     # One op of one layer, by a kernel or by the stock path
 
@@ -208,7 +233,8 @@ class Step:
                     num_splits=32,
                 )
             self._flash = version
-        q, k = stock_rope(any_tokens(qkv), any_tokens(cache.positions), *self.head_gammas, self.angles, self.shape.heads)
+        gamma_q, gamma_k = self.head_gammas
+        q, k = stock_rope(any_tokens(qkv), any_tokens(cache.positions), gamma_q, gamma_k, self.angles, self.shape.heads)
         v = qkv.view(self.num_tokens, -1, HEAD_DIM)[:, -self.shape.kv_heads :]
         keys, values = cache.kv_cache.transpose(1, 2).split(HEAD_DIM, dim=-1)
         vllm_ops.reshape_and_cache_flash(k, v, keys, values, cache.slots, "auto", self._one, self._one)
@@ -239,28 +265,81 @@ class Step:
         x, r = self.norm_gate_up(kernels["norm_gate_up"], i, x, r)
         return self.linear("down_proj", kernels["down_proj"], i, x), r
 
+    # One op by itself
+
+    def run(self, op: str, kernel: Any, i: int) -> torch.Tensor:
+        """The output of one op with weights (or cache) i on the same inputs each time."""
+        if op == "attention":
+            return self.attention(kernel, i, self._input(op))
+        if op in ("o_proj", "down_proj"):
+            return self.linear(op, kernel, i, self._input(op))
+        return getattr(self, op)(kernel, i, self.hidden_states, self.residual)[0]
+
+    def _input(self, op: str) -> torch.Tensor:
+        if op not in self._inputs:
+            width = self.shape.gemm("norm_qkv")[2] if op == "attention" else self.weights[0][op].shape[1]
+            self._inputs[op] = torch.empty((self.num_tokens, width), dtype=torch.bfloat16, device=self.device).normal_()
+        return self._inputs[op]
+
+    def exact(self, op: str) -> torch.Tensor:
+        """What run(op, …, 0) should give, in float64 from the same inputs."""
+        if op == "attention":
+            return self._exact_attention(self._input(op).double(), self.caches[0])
+        weight = self.weights[0][op].double()
+        if op in ("o_proj", "down_proj"):
+            return self._input(op).double() @ weight.t()
+        stream = self.hidden_states.double() + self.residual.double()
+        out = rms_norm(stream, self.gammas[0 if op == "norm_qkv" else 1]) @ weight.t()
+        if op == "norm_qkv":
+            return out
+        gate, up = out.chunk(2, -1)
+        return F.silu(gate) * up
+
+    def _exact_attention(self, qkv: torch.Tensor, cache: Cache) -> torch.Tensor:
+        shape, tokens = self.shape, self.num_tokens
+        cos, sin = self.angles[cache.positions].double().unsqueeze(1).chunk(2, -1)
+
+        def rotated(x: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
+            low, high = rms_norm(x, gamma).chunk(2, -1)
+            return torch.cat([low * cos - high * sin, high * cos + low * sin], -1)
+
+        q, k, v = qkv.view(tokens, -1, HEAD_DIM).split([shape.heads, shape.kv_heads, shape.kv_heads], 1)
+        q, k = rotated(q, self.head_gammas[0]), rotated(k, self.head_gammas[1])
+        memory = cache.kv_cache.permute(0, 2, 1, 3)  # [pages, page, kv_heads, key and value]
+        out = []
+        for token in range(tokens):
+            length = int(cache.seq_lens[token])
+            cached = memory[cache.block_table[token].long()].flatten(0, 1)[:length].double()
+            keys, values = cached.split(HEAD_DIM, -1)
+            keys, values = keys.clone(), values.clone()
+            keys[-1], values[-1] = k[token], v[token]
+            grouped = q[token].view(shape.kv_heads, -1, HEAD_DIM)
+            weights = (torch.einsum("hgd,thd->hgt", grouped, keys) * HEAD_DIM**-0.5).softmax(-1)
+            out.append(torch.einsum("hgt,thd->hgd", weights, values).flatten())
+        return torch.stack(out)
+
     # Measuring
 
-    def time_us(self, kernels: Mapping[str, Any], replays: int = 7, layers: int = 24) -> float:
+    def time_us(self, kernels: Mapping[str, Any], replays: int = 7, layers: int = 16) -> float:
         """Median time of one layer in µs, from replays of one CUDA graph of at least that many layers in a row."""
-        count = self.copies * math.ceil(layers / self.copies)
+        state = self.hidden_states, self.residual
 
-        def run(steps: int) -> None:
-            x, r = self.hidden_states, self.residual
-            for i in range(steps):
-                x, r = self.layer(kernels, i % self.copies, x, r)
+        def run(i: int) -> None:
+            nonlocal state
+            state = self.layer(kernels, i % self.copies, *(state if i else (self.hidden_states, self.residual)))
 
-        return graph_time_us(run, count, replays)
+        return graph_time_us(run, self.copies * math.ceil(layers / self.copies), replays)
 
 
-def graph_time_us(run: Callable[[int], None], count: int, replays: int) -> float:
-    """run(count) in one CUDA graph: the median replay time over `count`, in µs."""
+def graph_time_us(run: Callable[[int], object], count: int, replays: int = 5) -> float:
+    """Median time of run(i) in µs, from replays of one CUDA graph of run(0) … run(count - 1)."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        run(1)
+        run(0)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
-            run(count)
+            for i in range(count):
+                run(i)
         graph.replay()
         times = []
         for _ in range(replays):

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from mirage_codegen.layer import EPS, GEMMS, HEAD_DIM, MODELS, OPS, LayerShape, Step
+from mirage_codegen.layer import GEMMS, HEAD_DIM, MODELS, OPS, LayerShape, Step, relative_error
 
 from mirage_kernels import plans, prepare, prepare_attention  # isort: skip  (layer.py puts it on the path)
 from mirage_kernels.compiler import Build, CompileError, CubinCache  # isort: skip
@@ -78,6 +78,7 @@ class Tuner:
         self.plan: dict[str, Any] = dict.fromkeys(OPS)
         self.known = known  # plans of the limit below: good candidates here
         self.ranked: dict[str, list[tuple[float, Any]]] = {}
+        self.exact: dict[str, tuple[torch.Tensor, float]] = {}  # outputs in float64, and the stock path's error
         self.stock = self.step.time_us(self.kernels)
         self.best = self.stock
 
@@ -128,28 +129,12 @@ class Tuner:
             self.tune(op, [plan for _, plan in self.ranked[op][:AGAIN]])
 
     def wrong(self, op: str, kernel: Any) -> str | None:
-        """Where the kernel errs more than the stock path does, against float64 on the same inputs."""
-        step = self.step
-        if op == "attention":
-            qkv = torch.randn(self.limit, self.shape.gemm("norm_qkv")[2], device=self.device).bfloat16()
-            ours, stock = (step.attention(k, 0, qkv).double() for k in (kernel, None))
-            difference = ((ours - stock).norm() / stock.norm()).item()
-            return None if difference < 1e-2 else f"it is {difference:.1e} from the stock path"
-        x, r, w = step.hidden_states, step.residual, step.weights[0][op].double()
-        if op in ("o_proj", "down_proj"):
-            x = torch.randn(self.limit, w.shape[1], device=self.device).bfloat16()
-            ours, stock = step.linear(op, kernel, 0, x), step.linear(op, None, 0, x)
-            exact = x.double() @ w.t()
-        else:
-            run = step.norm_qkv if op == "norm_qkv" else step.norm_gate_up
-            ours, stock = run(kernel, 0, x, r)[0], run(None, 0, x, r)[0]
-            stream = x.double() + r.double()
-            gamma = step.gammas[0 if op == "norm_qkv" else 1].double()
-            exact = stream * torch.rsqrt(stream.pow(2).mean(-1, keepdim=True) + EPS) * gamma @ w.t()
-            if op == "norm_gate_up":
-                gate, up = exact.chunk(2, -1)
-                exact = torch.nn.functional.silu(gate) * up
-        error, allowed = (((out.double() - exact).norm() / exact.norm()).item() for out in (ours, stock))
+        """How the kernel errs more than the stock path does, against float64 on the same inputs."""
+        if op not in self.exact:
+            exact = self.step.exact(op)
+            self.exact[op] = exact, relative_error(self.step.run(op, None, 0), exact)
+        exact, allowed = self.exact[op]
+        error = relative_error(self.step.run(op, kernel, 0), exact)
         return None if error <= 1.1 * allowed else f"it errs {error:.2e}, stock {allowed:.2e}"
 
 
