@@ -58,6 +58,8 @@ TINY_MODELS = ("tiny", "tiny-0.6b")
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes of one element
 KERNEL_OPS = ("norm_qkv", "attention", "o_proj", "norm_gate_up", "down_proj")
 CONTEXT = 256  # kernel: cached tokens of each request that attention reads
+PREFILL = (8, 2048)  # step: prompts prefilled in one step, and their length
+MIXED = (32, 96)  # step: requests that decode, and prompt tokens prefilled in the same step: 128 tokens, a captured size
 LAUNCHES = 96  # in one graph at least, so that the gap between two replays of it does not count
 DEFAULT_ROUNDS = {"serve": 5, "step": 10, "kernel": 20}
 DEFAULT_BATCHES = {"serve": [1, 2, 4], "step": [1, 2, 4, 8, 16, 24, 32, 64], "kernel": [1, 2, 4, 8, 16, 24, 32, 64]}
@@ -229,7 +231,7 @@ class Bench:
     def __init__(self) -> None:
         self.llm: Any = None
         self.prompts: list[list[int]] = []  # token ids
-        self.filled = False
+        self.filled = False  # whether the engine's buffers hold the full batch whose decode step is replayed
 
     def start(self, engine: dict[str, Any]) -> None:
         """Start the engine in this process (LLM keyword arguments in `engine`)."""
@@ -328,6 +330,50 @@ class Bench:
             torch.cuda.synchronize()
             result[str(batch)] = begin.elapsed_time(end) / replays
         return result
+
+    def prefill(self, vocab: int, seed: int) -> float:
+        """Wall time in ms of PREFILL's prompts, prefilled in one step."""
+        import torch
+
+        self.filled = False
+        count, length = PREFILL
+        rng = random.Random(seed)
+        prompts = [rng.choices(range(min(100, vocab // 2), vocab), k=length) for _ in range(count)]
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        self.generate(prompts, max_tokens=1)
+        torch.cuda.synchronize()
+        return (time.perf_counter() - start) * 1e3
+
+    def mixed(self, vocab: int, seed: int, steps: int) -> float:
+        """Wall time in ms of one step that decodes for MIXED[0] requests and prefills MIXED[1] tokens of a new one: mean of `steps`."""
+        import torch
+        from vllm import SamplingParams
+
+        self.filled = False
+        engine, (decodes, chunk) = self.llm.llm_engine, MIXED
+        rng = random.Random(seed)
+
+        def add(name: str, length: int, tokens: int) -> None:
+            params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+            ids = rng.choices(range(min(100, vocab // 2), vocab), k=length)
+            engine.add_request(f"{name}-{seed}", {"prompt_token_ids": ids}, params)
+
+        for i in range(decodes):
+            add(f"decode{i}", 64, steps + 16)
+        for _ in range(4):
+            engine.step()
+        spent = []
+        for i in range(steps):
+            add(f"prompt{i}", chunk, 1)
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            engine.step()
+            torch.cuda.synchronize()
+            spent.append((time.perf_counter() - start) * 1e3)
+        while engine.has_unfinished_requests():
+            engine.step()
+        return float(np.median(spent))
 
     def timeline(self, batch: int) -> list[dict[str, Any]]:
         """Kernels of one layer of a decode step as CUPTI saw them: name, kind, start and duration in µs."""
@@ -637,7 +683,7 @@ def engine_arguments(options: argparse.Namespace, model: Model, gpu: bool) -> di
     sequences = max(options.batch_sizes)
     if options.level == "step":
         needed = options.input_len + 128
-        length = min(max(2048, needed), model.max_len)  # attention kernels are chosen for the longest context
+        length = min(max(PREFILL[1] + 256, needed), model.max_len)  # attention kernels are chosen for the longest context
         if needed > length:
             raise UsageError(
                 f"--input-len {options.input_len} needs {needed} positions but {model.name} has {model.max_len}: "
@@ -770,8 +816,12 @@ def run_step(
 ) -> None:
     """GPU time of one decode step at each captured batch size."""
     rows = {batch: row(model.name, "decode step", batch, "ms") for batch in options.batch_sizes}
-    result["rows"] = list(rows.values())
     largest = max(options.batch_sizes)
+    others = {}
+    if largest >= MIXED[0] and options.input_len <= 256:  # the KV cache is sized for the batch: it holds these, too
+        others["prefill"] = row(model.name, f"prefill of {PREFILL[1]} tokens each", PREFILL[0], "ms")
+        others["mixed"] = row(model.name, f"decode beside {MIXED[1]} prompt tokens", MIXED[0], "ms")
+    result["rows"] = [*rows.values(), *others.values()]
 
     def turn(worker: Worker, number: int) -> None:
         captured = worker.call(
@@ -783,6 +833,11 @@ def run_step(
         for batch, ms in worker.call("step", batches=options.batch_sizes, replays=options.replays).items():
             if number >= 0:
                 rows[int(batch)]["samples"][worker.arm].append(ms)
+        for name, line in others.items():
+            more = {"steps": 20} if name == "mixed" else {}
+            ms = worker.call(name, vocab=model.vocab, seed=number + 1000, **more)
+            if number >= 0:
+                line["samples"][worker.arm].append(ms)
         if number >= 0:
             describe(worker, result)
         if "floor" not in result:
@@ -1056,6 +1111,15 @@ def load_result(path: Path) -> dict[str, Any]:
     return result
 
 
+def together(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Several reports of one level as one: the first, with the rows of all. UsageError when they do not belong together."""
+    first = results[0]
+    for other in results[1:]:
+        if other["level"] != first["level"] or other["environment"]["gpu"] != first["environment"]["gpu"]:
+            raise UsageError("Reports shown together must be of one level and one kind of GPU.")
+    return first | {"rows": [line for result in results for line in result["rows"]]}
+
+
 def compare(old: dict[str, Any], new: dict[str, Any]) -> tuple[list[str], int]:
     """Sentences on what changed from old to new beyond the 95 % interval, and the number of regressions."""
     if old["level"] != new["level"]:
@@ -1265,7 +1329,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--plot", type=Path, metavar="FILE.png", help="draw times and speed-ups against the batch size")
     add("--profile", type=Path, metavar="FILE.png", help="draw one layer before and after, as profiled (GPU only)")
     add("--compare", type=Path, metavar="OLD.json", help="flag what became slower than in an older report (exit 1)")
-    add("--from-json", type=Path, metavar="FILE", help="measure nothing: show, --plot, --compare an earlier report")
+    add("--from-json", type=Path, nargs="+", metavar="FILE",
+        help="measure nothing: show, --plot, --compare an earlier report, or several of one level together")  # fmt: skip
     options = parser.parse_args(arguments)
     options.num_iterations = options.num_iterations or DEFAULT_ROUNDS[options.level]
     options.batch_sizes = sorted(set(options.batch_sizes or DEFAULT_BATCHES[options.level]))
@@ -1379,7 +1444,7 @@ def main(arguments: list[str]) -> int:
         if options.compare:
             load_result(options.compare)
         if options.from_json:
-            return show(options, load_result(options.from_json))
+            return show(options, together([load_result(path) for path in options.from_json]))
         with tempfile.TemporaryDirectory(prefix="mirage-bench-") as scratch:
             result = measure(options, shlex.join(["benchmark_mirage.py", *arguments]), Path(scratch))
         if options.json:
