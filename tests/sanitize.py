@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tests/sanitize.sh watches: each plan of a few shapes, with and without residual, for full and ragged token counts."""
+"""What tests/sanitize.sh watches: each plan and variant of every op at a few shapes, for full and ragged token counts."""
 
 import sys
 from pathlib import Path
@@ -8,25 +8,72 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "patches/vllm/model_executor/layers"))
 import mirage_kernels
+from mirage_kernels import plans
 
-SHAPES = [(1024, 4096), (4096, 6144), (1024, 512)]  # one wave, clusters of 2, clusters of 4
+DEVICE = torch.device("cuda", 0)
+GEMMS = [  # (op, K, N): a model's few and many columns, and a narrow shard whose plans are not in the table
+    ("rms_norm_linear", 1024, 4096),
+    ("rms_norm_linear", 4096, 6144),
+    ("rms_norm_linear", 1024, 512),
+    ("rms_norm_gate_up_silu", 1024, 3072),
+    ("rms_norm_gate_up_silu", 4096, 768),
+    ("linear", 2048, 1024),
+    ("linear", 3072, 1024),
+    ("linear", 1024, 4096),
+]
+HEADS = [(16, 8), (32, 8), (5, 1), (8, 1)]
+SEQ_LENS = (0, 1, 16, 17, 100, 257)
+CLUSTERS = (1, 2, 4, 8)
+
+
+def token_counts(plan: plans.Plan | plans.AttentionPlan) -> set[int]:
+    return {plan.max_num_tokens, max(1, plan.max_num_tokens - 3)}
+
+
+def random(*size: int) -> torch.Tensor:
+    return torch.randn(size, device=DEVICE).bfloat16()
+
+
+def run_gemm(op: str, k: int, n: int) -> int:
+    """The number of calls."""
+    kernel = mirage_kernels.prepare(op, k=k, n=n, dtype=torch.bfloat16, device=DEVICE)
+    assert not isinstance(kernel, str), kernel
+    weight, norm_weight, calls = random(n * plans.GEMM_OPS[op].weights, k), random(k), 0
+    for num_tokens in sorted(set().union(*map(token_counts, kernel.plans))):
+        x = random(num_tokens, k)
+        residuals = {"rms_norm_linear": (random(num_tokens, k), None), "rms_norm_gate_up_silu": (random(num_tokens, k),)}.get(op, ())
+        outs = [kernel(x, residual, norm_weight, weight, 1e-6)[0] for residual in residuals] or [kernel(x, weight)]
+        assert all(bool(out.isfinite().all()) for out in outs)
+        calls += len(outs)
+    return calls
+
+
+def run_attention(heads: int, kv_heads: int, page: int) -> int:
+    """The number of calls; every cluster size, over a cache that holds just what the requests need."""
+    found = [
+        plans.AttentionPlan(limit, cluster, warps) for limit, cluster, warps in zip((2, 4, 8, 16), CLUSTERS, (8, 4, 4, 2), strict=True)
+    ]
+    kernel = mirage_kernels.prepare_attention(heads=heads, kv_heads=kv_heads, dtype=torch.bfloat16, device=DEVICE, plans=found)
+    assert not isinstance(kernel, str), kernel
+    counts = sorted(set().union(*map(token_counts, found)))
+    for num_tokens in counts:
+        lengths = [SEQ_LENS[(num_tokens + i) % len(SEQ_LENS)] for i in range(num_tokens)]
+        pages_each = -(-max(SEQ_LENS) // page)
+        cache = random(num_tokens * pages_each, page, kv_heads, 256).transpose(1, 2)
+        table = torch.randperm(num_tokens * pages_each, device=DEVICE).int().view(num_tokens, pages_each)
+        seq_lens = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
+        last = (seq_lens.long() - 1).clamp(min=0)
+        slots = torch.where(seq_lens > 0, table.gather(1, (last // page)[:, None])[:, 0] * page + last % page, -1)
+        out = torch.empty(num_tokens, heads * 128, dtype=torch.bfloat16, device=DEVICE)
+        qkv = random(num_tokens, (heads + 2 * kv_heads) * 128)
+        kernel(qkv, last, random(128), random(128), random(max(SEQ_LENS), 128), cache, slots, table, seq_lens, 1e-6, 128**-0.5, out)
+        assert bool(out.isfinite().all())
+    return len(counts)
 
 
 def main() -> None:
-    device, calls = torch.device("cuda", 0), 0
-    for k, n in SHAPES:
-        kernel = mirage_kernels.prepare("rms_norm_linear", k=k, n=n, dtype=torch.bfloat16, device=device)
-        assert not isinstance(kernel, str), kernel
-        weight = torch.randn(n, k, device=device).bfloat16()
-        norm_weight = torch.randn(k, device=device).bfloat16()
-        for plan in kernel.plans:
-            for num_tokens in {plan.max_num_tokens, max(1, plan.max_num_tokens - 3)}:
-                hidden_states = torch.randn(num_tokens, k, device=device).bfloat16()
-                residual = torch.randn(num_tokens, k, device=device).bfloat16()
-                for given in (residual, None):
-                    out, _ = kernel(hidden_states, given, norm_weight, weight, 1e-6)
-                    assert bool(out.isfinite().all())
-                    calls += 1
+    calls = sum(run_gemm(*shape) for shape in GEMMS)
+    calls += sum(run_attention(*heads, page) for heads, page in zip(HEADS, (16, 32, 16, 32), strict=True))
     torch.cuda.synchronize()
     print(f"{calls} calls")
 

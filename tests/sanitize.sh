@@ -14,6 +14,7 @@ TEXT
 
 main() {
   local here python=${1:-python3} tool failed=0 api
+  local kernels=(--kernel-regex kns=rms_norm --kernel-regex kns=linear --kernel-regex kns=silu --kernel-regex kns=decode_attention)
   case ${1:-} in -h | --help) usage && exit 0 ;; esac
   here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
   command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is not on the PATH; it comes with the CUDA toolkit." >&2 && exit 2; }
@@ -23,7 +24,7 @@ main() {
     api=()
     # cuda-bindings asks the driver for functions that it may lack; memcheck would count each answer as an error of ours
     [[ $tool == memcheck ]] && api=(--report-api-errors no)
-    compute-sanitizer --tool "$tool" ${api[@]+"${api[@]}"} --kernel-regex kns=rms_norm --kernel-regex kns=linear --error-exitcode 1 "$python" "$here/sanitize.py" >"/tmp/sanitize.$$" 2>&1 || failed=1
+    compute-sanitizer --tool "$tool" ${api[@]+"${api[@]}"} "${kernels[@]}" --error-exitcode 1 "$python" "$here/sanitize.py" >"/tmp/sanitize.$$" 2>&1 || failed=1
     grep -E 'SUMMARY|calls' "/tmp/sanitize.$$" | tr '\n' ' '
     echo
     grep -E '^========= [A-Z]' "/tmp/sanitize.$$" | grep -v -E 'SUMMARY|COMPUTE-SANITIZER' | head -4

@@ -63,7 +63,8 @@ class Step:
         names = {"O": out, "QKV": self.qkv, "G_q": self.gammas[0], "G_k": self.gammas[1], "cos_sin": self.cos_sin}
         names |= {"positions": self.positions, "cache": self.cache, "slots": self.slots, "block_table": self.table}
         names |= {"seq_lens": self.seq_lens, "page_stride": strides[0], "token_stride": strides[1], "head_stride": strides[2]}
-        return names | {"page_size": self.page, "table_stride": self.table.shape[1], "num_tokens": len(self.seq_lens), "eps": EPS, "scale": SCALE}
+        names |= {"page_size": self.page, "table_stride": self.table.shape[1], "num_tokens": len(self.seq_lens)}
+        return names | {"eps": EPS, "scale": SCALE}
 
     def norm_and_rotate(self, x, gamma, position):
         x = x / np.sqrt((x**2).mean(-1, keepdims=True) + EPS) * emulate.from_bf16(gamma)
