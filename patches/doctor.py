@@ -168,12 +168,12 @@ def check_switches(_machine: Machine) -> Result:
 
 
 def known_ops() -> tuple[str, ...]:
-    """OPS as fused_mirage_ops.py writes it; importing that file would import vLLM."""
-    module = ast.parse((SHIPPED / "model_executor/layers/fused_mirage_ops.py").read_text())
+    """OPS as mirage_ops.py writes it; importing that file would import vLLM."""
+    module = ast.parse((SHIPPED / "model_executor/layers/mirage_ops.py").read_text())
     for node in module.body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "OPS":
             return ast.literal_eval(node.value)
-    raise ValueError("fused_mirage_ops.py of this checkout names no OPS; run `git checkout -- patches`")
+    raise ValueError("mirage_ops.py of this checkout names no OPS; run `git checkout -- patches`")
 
 
 # ---------------------------------------------------------------- GPU and kernels
@@ -190,7 +190,7 @@ def check_gpu(machine: Machine) -> Result:
     major, minor = machine.torch.cuda.get_device_capability(0)
     found = f"{machine.torch.cuda.get_device_name(0)}, {machine.arch}, {listed or 'driver unknown (nvidia-smi does not answer)'}"
     if not isinstance(machine.kernels, str) and major * 10 + minor < machine.kernels.MIN_CAPABILITY:
-        return WARN, f"{found}: kernels need sm_{machine.kernels.MIN_CAPABILITY} or newer; the PyTorch path will run."
+        return WARN, f"{found}: kernels need sm_{machine.kernels.MIN_CAPABILITY} or newer; the stock path will run."
     return OK, found
 
 
@@ -228,7 +228,7 @@ def check_plans(machine: Machine) -> Result:
         return OK, f"for {machine.arch}, measured on this machine ({plans.user_table()})"
     if machine.arch in shipped:
         return OK, f"for {machine.arch}, shipped"
-    return WARN, f"none for {machine.arch}: the PyTorch path will run; ./install.sh --tune measures them (a few minutes)."
+    return WARN, f"none for {machine.arch}: the stock path will run; ./install.sh --tune measures them (a few minutes)."
 
 
 def check_cache(machine: Machine) -> Result:
@@ -266,7 +266,7 @@ def check_kernel(machine: Machine) -> Result:
     with tempfile.TemporaryDirectory() as folder, environment("VLLM_CACHE_ROOT", folder):
         kernel = machine.kernels.prepare(OP, k=K, n=N, dtype=dtype, device=device, plans=plans)
     if isinstance(kernel, str):
-        return FAIL, f"{kernel}; without it the PyTorch path runs."
+        return FAIL, f"{kernel}; without it the stock path runs."
     seconds = time.perf_counter() - started
     measured = []
     for num_tokens in TOKENS:

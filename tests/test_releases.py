@@ -20,7 +20,9 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[1]
 PATCHES = REPOSITORY / "patches" / "vllm"
 QWEN3 = "model_executor/models/qwen3.py"
-OURS = (QWEN3, "model_executor/layers/fused_mirage_ops.py")
+ATTENTION = "model_executor/layers/attention/attention.py"
+FLASH = "v1/attention/backends/flash_attn.py"
+OURS = (QWEN3, "model_executor/layers/fused_mirage_ops.py", "model_executor/layers/mirage_ops.py")
 STOCK_SHA256 = {
     "0.26.0": "44b1ebbb85a9701cdf754af554af2952f3a9a25d94da219d8ecfd0b7b01dda21",
     "0.33.0": "06bee457e1278cecc3d0745f45c44b4711243330e8c2c19d5c732625b67f1374",
@@ -234,7 +236,7 @@ def test_every_vllm_name_our_files_import_exists(release, ours):
         assert file is not None, f"{node.module} is not in vLLM {version_of(release)}"
         for alias in node.names:
             submodule = module_file(release, f"{node.module}.{alias.name}")
-            own = alias.name in ("fused_mirage_ops", "mirage_kernels")
+            own = alias.name in ("fused_mirage_ops", "mirage_ops", "mirage_kernels")
             assert own or submodule or alias.name in bound_names(release, file), f"{node.module} has no {alias.name}"
             checked += 1
     assert checked
@@ -242,7 +244,8 @@ def test_every_vllm_name_our_files_import_exists(release, ours):
 
 USED_ATTRIBUTES = [
     (QWEN3, "Qwen3Attention", {"q_size", "kv_size", "head_dim", "qkv_proj", "q_norm", "k_norm", "rotary_emb", "attn"}),
-    (QWEN3, "Qwen3Attention", {"o_proj"}),
+    (QWEN3, "Qwen3Attention", {"o_proj", "num_heads", "num_kv_heads"}),
+    ("model_executor/models/qwen2.py", "Qwen2MLP", {"gate_up_proj", "down_proj", "act_fn"}),
     (QWEN3, "Qwen3DecoderLayer", {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}),
     (
         "model_executor/layers/layernorm.py",
@@ -251,9 +254,20 @@ USED_ATTRIBUTES = [
     ),
     ("model_executor/layers/linear.py", "LinearBase", {"prefix", "quant_method", "tp_size"}),
     ("model_executor/layers/linear.py", "ColumnParallelLinear", {"gather_output", "bias"}),
-    ("config/vllm.py", "VllmConfig", {"lora_config", "compilation_config"}),
-    ("config/compilation.py", "CompilationConfig", {"pass_config"}),
-    ("config/compilation.py", "PassConfig", {"fuse_allreduce_rms"}),
+    ("model_executor/layers/linear.py", "RowParallelLinear", {"input_is_parallel", "reduce_results", "bias"}),
+    ("model_executor/layers/rotary_embedding/base.py", "RotaryEmbeddingBase", {"rotary_dim", "is_neox_style", "cos_sin_cache"}),
+    (
+        ATTENTION,
+        "Attention",
+        {"impl", "layer_name", "attn_backend", "kv_cache", "kv_cache_dtype", "kv_sharing_target_layer_name", "query_quant"},
+    ),
+    ("v1/attention/backend.py", "AttentionBackend", {"forward_includes_kv_cache_update"}),
+    (FLASH, "FlashAttentionImpl", {"head_size", "scale", "sliding_window", "alibi_slopes", "logits_soft_cap", "sinks"}),
+    (FLASH, "FlashAttentionMetadata", {"max_query_len", "seq_lens", "block_table", "causal"}),
+    ("forward_context.py", "ForwardContext", {"attn_metadata", "slot_mapping", "cudagraph_runtime_mode"}),
+    ("config/vllm.py", "VllmConfig", {"lora_config", "compilation_config", "parallel_config", "kv_transfer_config"}),
+    ("config/compilation.py", "CompilationConfig", {"pass_config", "splitting_ops", "cudagraph_mode", "use_inductor_graph_partition"}),
+    ("config/compilation.py", "PassConfig", {"fuse_allreduce_rms", "fuse_attn_quant"}),
     ("config/lora.py", "LoRAConfig", {"target_modules"}),
     ("platforms/interface.py", "Platform", {"device_name"}),
     ("distributed/parallel_state.py", "GroupCoordinator", {"rank_in_group", "world_size"}),
@@ -282,8 +296,33 @@ def test_the_calls_our_files_make_fit(release):
         assert parameters(method(platform, name)) == ["self"]
     rpc = method(find_class(release, "entrypoints/llm.py", "LLM"), "collective_rpc")
     assert parameters(rpc)[:2] == ["self", "method"]
-    linear = find_class(release, "model_executor/layers/linear.py", "QKVParallelLinear")
-    assert [ast.unparse(base) for base in linear.bases] == ["ColumnParallelLinear"]
+    for name in ("QKVParallelLinear", "MergedColumnParallelLinear"):
+        linear = find_class(release, "model_executor/layers/linear.py", name)
+        assert [ast.unparse(base) for base in linear.bases] == ["ColumnParallelLinear"]
+    assert parameters(function("distributed/communication_op.py", "tensor_model_parallel_all_reduce")) == ["input_"]
+    assert parameters(function("forward_context.py", "get_forward_context")) == []
+    assert parameters(function(ATTENTION, "get_attention_context")) == ["layer_name"]
+    returned = [node.value for node in ast.walk(function(ATTENTION, "get_attention_context")) if isinstance(node, ast.Return)]
+    assert [ast.unparse(value) for value in returned] == ["(attn_metadata, attn_layer, kv_cache, layer_slot_mapping)"]
+    assert parameters(function(ATTENTION, "unified_kv_cache_update")) == ["key", "value", "layer_name"]
+    assert parameters(function(ATTENTION, "unified_attention_with_output"))[:5] == ["query", "key", "value", "output", "layer_name"]
+
+
+STOCK_MLP = """\
+def forward(self, x):
+    gate_up, _ = self.gate_up_proj(x)
+    x = self.act_fn(gate_up)
+    x, _ = self.down_proj(x)
+    return x"""
+
+STOCK_CACHE = "key_cache, value_cache = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)"
+
+
+def test_what_our_ops_restate_is_unchanged(release):
+    """The MLP, the names of FlashAttention's cache dimensions, and the fused SiLU·mul that the GPU's fallback calls."""
+    assert ast.unparse(method(find_class(release, "model_executor/models/qwen2.py", "Qwen2MLP"), "forward")) == STOCK_MLP
+    assert STOCK_CACHE in ast.unparse(method(find_class(release, FLASH, "FlashAttentionImpl"), "do_kv_cache_update"))
+    assert "torch.ops._C.silu_and_mul" in ast.unparse(find_class(release, "model_executor/layers/activation.py", "SiluAndMul"))
 
 
 def test_declared_variables_reach_the_compile_cache_key(release):
