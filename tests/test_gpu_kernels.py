@@ -127,6 +127,11 @@ def error(out, reference):
     return ((out.double() - reference).norm() / reference.norm()).item()
 
 
+def up_to_limit(kernel, counts):
+    """Those numbers of tokens that the kernel takes, and its limit."""
+    return sorted({count for count in counts if count < kernel.max_tokens} | {kernel.max_tokens})
+
+
 @pytest.fixture
 def generator():
     return torch.Generator(DEVICE).manual_seed(1)
@@ -161,12 +166,10 @@ class Errors:
 @each_case
 def test_error_is_at_most_the_unfused_paths(case, kind, generator):
     kernel, inputs, errors = prepare(case), Inputs(case, generator), Errors()
-    thorough = case in cases(*THOROUGH)
-    for num_tokens in range(1, kernel.max_tokens + 1) if thorough else SOME_TOKENS:
-        if num_tokens <= kernel.max_tokens:
-            x, r = draw(kind, num_tokens, case.k, torch.bfloat16, generator)
-            for residual in inputs.variants(r):
-                errors.add(kernel, inputs, x, residual)
+    for num_tokens in up_to_limit(kernel, range(1, kernel.max_tokens) if case in cases(*THOROUGH) else SOME_TOKENS):
+        x, r = draw(kind, num_tokens, case.k, torch.bfloat16, generator)
+        for residual in inputs.variants(r):
+            errors.add(kernel, inputs, x, residual)
     assert errors.ratio() <= 1.05
 
 
@@ -191,7 +194,7 @@ def test_every_output_is_written_and_nothing_beyond(case, generator, monkeypatch
 
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, size: poisoned(*size))
     monkeypatch.setattr(torch, "empty_like", lambda tensor: poisoned(*tensor.shape))
-    for num_tokens in {1, 2, 5, 8, 9, kernel.max_tokens}:
+    for num_tokens in up_to_limit(kernel, (1, 2, 5, 8, 9)):
         x, r = draw("random", num_tokens, case.k, torch.bfloat16, generator)
         for residual in inputs.variants(r):
             inputs.call(kernel, x, residual)
@@ -205,7 +208,7 @@ def test_every_output_is_written_and_nothing_beyond(case, generator, monkeypatch
 @each_case
 def test_nan_stays_in_its_row(case, generator):
     kernel, inputs = prepare(case), Inputs(case, generator)
-    for num_tokens in (2, 8, kernel.max_tokens):
+    for num_tokens in up_to_limit(kernel, (2, 8)):
         x, r = draw("random", num_tokens, case.k, torch.bfloat16, generator)
         x[1, 100] = float("nan")
         for residual in inputs.variants(r):
@@ -217,7 +220,7 @@ def test_nan_stays_in_its_row(case, generator):
 @each_thorough_case
 def test_a_thousand_runs_are_bitwise_equal(case, generator):
     kernel, inputs = prepare(case), Inputs(case, generator)
-    for num_tokens in {1, 7, 16, kernel.max_tokens}:
+    for num_tokens in up_to_limit(kernel, (1, 7, 16)):
         x, r = draw("random", num_tokens, case.k, torch.bfloat16, generator)
         residual = inputs.variants(r)[0]
         first, _ = inputs.call(kernel, x, residual)
@@ -233,6 +236,7 @@ def test_a_graph_of_whole_layers_follows_its_inputs(model, num_tokens, generator
     """In the graph a kernel may start before the one that it reads from has ended; in the other run each waits for all before it."""
     shape = MODELS[model]
     layer = [(prepare(case), Inputs(case, generator)) for case in (Case(*shape.gemm(op)) for op in GEMMS)]
+    num_tokens = min(num_tokens, *(kernel.max_tokens for kernel, _ in layer))
 
     def two_layers(x, r, after_each=lambda: None):
         for _ in range(2):
@@ -260,7 +264,7 @@ def test_a_graph_of_whole_layers_follows_its_inputs(model, num_tokens, generator
 @pytest.mark.parametrize("case", cases("8B"), ids=str)
 def test_two_streams_at_once(case, generator):
     kernel, inputs = prepare(case), Inputs(case, generator)
-    given = [draw("random", 16, case.k, torch.bfloat16, generator) for _ in range(2)]
+    given = [draw("random", min(16, kernel.max_tokens), case.k, torch.bfloat16, generator) for _ in range(2)]
     given = [(x, inputs.variants(r)[0]) for x, r in given]
     alone = [inputs.call(kernel, x, r)[0] for x, r in given]
     torch.cuda.synchronize()
