@@ -318,10 +318,9 @@ STOCK_CACHE = "key_cache, value_cache = kv_cache.transpose(1, 2).split(self.head
 
 
 def test_what_our_ops_restate_is_unchanged(release):
-    """The MLP, the names of FlashAttention's cache dimensions, and the fused SiLU·mul that the GPU's fallback calls."""
+    """The MLP, and the names of FlashAttention's cache dimensions."""
     assert ast.unparse(method(find_class(release, "model_executor/models/qwen2.py", "Qwen2MLP"), "forward")) == STOCK_MLP
     assert STOCK_CACHE in ast.unparse(method(find_class(release, FLASH, "FlashAttentionImpl"), "do_kv_cache_update"))
-    assert "torch.ops._C.silu_and_mul" in ast.unparse(find_class(release, "model_executor/layers/activation.py", "SiluAndMul"))
 
 
 def test_declared_variables_reach_the_compile_cache_key(release):

@@ -168,7 +168,8 @@ def why_not_attention(attention: Any) -> str | None:
         return f"the rotary embedding's angles are {rope.cos_sin_cache.dtype}, the model {attention.q_norm.weight.dtype}"
     if attn.attn_backend.forward_includes_kv_cache_update or attn.kv_sharing_target_layer_name is not None:
         return "the attention backend writes the KV cache by itself, or shares another layer's"
-    if attn.query_quant is not None or getattr(attn, "calculate_kv_scales", False) or attn.kv_cache_dtype not in ("auto", "bfloat16", "float16"):
+    scaled = attn.query_quant is not None or getattr(attn, "calculate_kv_scales", False)  # the latter up to 0.31
+    if scaled or attn.kv_cache_dtype not in ("auto", "bfloat16", "float16"):
         return f"the KV cache is {attn.kv_cache_dtype}"
     return _why_not_impl(attn.impl) or _why_not_graphs()
 

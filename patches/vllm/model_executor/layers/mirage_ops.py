@@ -216,16 +216,37 @@ def _add_norm_gate_up_silu(
         return kernel(hidden_states, residual, norm_weight, gate_up_weight, eps)
     calls["norm_gate_up.torch"] += 1
     normed, residual_out = _rms_norm(hidden_states, residual, norm_weight, eps)
-    return _silu_and_mul(F.linear(normed, gate_up_weight)), residual_out
+    gate_up = F.linear(normed, gate_up_weight)
+    body = silu_and_mul_triton if gate_up.is_cuda and HAS_TRITON else silu_and_mul_native
+    return body(gate_up), residual_out
 
 
-def _silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
+@triton.jit
+def _silu_and_mul_kernel(gate_up_ptr, out_ptr, HALF: tl.constexpr, BLOCK: tl.constexpr):
+    """BLOCK columns of one row: out = silu(gate)·up in fp32, up HALF columns behind gate."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < HALF
+    gate = tl.load(gate_up_ptr + row * 2 * HALF + columns, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up_ptr + row * 2 * HALF + HALF + columns, mask=inside, other=0.0).to(tl.float32)
+    out = gate / (1.0 + tl.exp(-gate)) * up
+    tl.store(out_ptr + row * HALF + columns, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def silu_and_mul_triton(gate_up: torch.Tensor) -> torch.Tensor:
+    """silu(gate)·up of [..., 2·intermediate], one pass with 16-byte loads, as Inductor makes of the stock layer's."""
     half = gate_up.shape[-1] // 2
-    if gate_up.is_cuda:
-        out = gate_up.new_empty((*gate_up.shape[:-1], half))
-        torch.ops._C.silu_and_mul(out, gate_up)
-        return out
-    return F.silu(gate_up[..., :half]) * gate_up[..., half:]
+    out = gate_up.new_empty((*gate_up.shape[:-1], half))
+    if out.numel():
+        block = 1024  # 8 elements a thread
+        _silu_and_mul_kernel[(out.numel() // half, triton.cdiv(half, block))](gate_up, out, half, block, num_warps=4)
+    return out
+
+
+def silu_and_mul_native(gate_up: torch.Tensor) -> torch.Tensor:
+    """The same with PyTorch's own operators, for the CPU."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
 
 
 def _add_norm_gate_up_silu_fake(
@@ -345,7 +366,7 @@ def qk_norm_rope_triton(
             num_kv_heads,
             head_dim // 2,
             rows,
-            num_warps=4,
+            num_warps=2,  # 8 elements a thread of each half: 16-byte loads
         )
     return out
 

@@ -22,8 +22,9 @@ def _checked(result, *values):
 class LoadedKernel:
     """One entry of one cubin on one device.
 
-    `arguments` names the fields of the kernel's single struct parameter in order (see arguments.py). `overlap` launches with
-    programmatic stream serialization (sm_90 and up): the kernel may start while its predecessor on the stream is still running, and waits for it by itself before it reads activations.
+    `arguments` names the fields of the kernel's single struct parameter in order (see arguments.py). `overlap` launches with programmatic
+    stream serialization (sm_90 and up): the kernel may start while its predecessor on the stream is still running, and waits for it by
+    itself before it reads activations.
     """
 
     def __init__(self, cubin: bytes, entry: str, arguments: list[str], device: torch.device, overlap: bool = True):
