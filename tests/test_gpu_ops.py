@@ -96,6 +96,20 @@ def test_the_triton_rope_errs_no_more_than_pytorchs(ops, rows, heads, kv_heads, 
         assert (theirs.double() - exact).norm() <= 0.01 * exact.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("half", [1000, 3072, 12288])  # 1000: less than a block, and no multiple of a 16-byte load
+@pytest.mark.parametrize("rows", ROWS)
+def test_the_triton_silu_errs_no_more_than_pytorchs(ops, rows, half, dtype):
+    generator = torch.Generator("cuda").manual_seed(rows + half)
+    gate_up = torch.randn(rows, 2 * half, generator=generator, device="cuda").mul(3).to(dtype)
+    gate_up[:, :2] = torch.tensor([-300.0, 300.0], device="cuda", dtype=dtype)  # exp() of these leaves fp32's range
+    gate, up = gate_up.double().chunk(2, -1)
+    exact = F.silu(gate) * up
+    ours, theirs = ops.mirage_ops.silu_and_mul_triton(gate_up), ops.mirage_ops.silu_and_mul_native(gate_up)
+    assert ours.shape == theirs.shape == (rows, half)
+    assert (ours.double() - exact).norm() <= 1.05 * (theirs.double() - exact).norm()
+
+
 GEMMS = {  # torch op → (kernel op, weights, the kernels that its PyTorch path launches)
     "norm_qkv": ("rms_norm_linear", 1, 2),
     "add_norm_qkv": ("rms_norm_linear", 1, 2),
