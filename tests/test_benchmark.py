@@ -451,7 +451,7 @@ def test_the_kernel_level_checks_both_sides_against_float64(monkeypatch: pytest.
         monkeypatch.setitem(sys.modules, name, SimpleNamespace(__path__=[], __spec__=None))
     monkeypatch.setitem(sys.modules, "vllm.model_executor.layers.mirage_kernels", package)
     monkeypatch.setitem(layer.MODELS, "small", layer.LayerShape(64, 2, 1, 64))
-    monkeypatch.setattr(layer, "stock_norm", layer.stock_norm._torchdynamo_orig_callable)  # not compiled
+    monkeypatch.setattr(layer, "stock_norm", layer.stock_norm._torchdynamo_orig_callable)  # type: ignore[attr-defined]  # not compiled
     monkeypatch.setattr(bench, "DEVICE", "cpu")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(L2_cache_size=1 << 16))
     monkeypatch.setattr(bench, "capture", lambda call: call)
