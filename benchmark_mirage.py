@@ -958,7 +958,7 @@ def speedup_text(speedup: dict[str, Any] | None) -> str:
 
 def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and lines of the report's table."""
-    stock = "compiled PyTorch" if result["level"] == "kernel" else "stock"
+    stock = "stock path" if result["level"] == "kernel" else "stock"
     header = ["model", "batch", "measured", "unit", stock, "mirage", "speed-up (95 %)", "verdict"]
     floors = any(line["floor"] for line in result["rows"])
     lines = []
@@ -974,7 +974,7 @@ def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
             cells.append(f"{errors['mirage']:.2e} ({errors['stock']:.2e})" if errors else "-")
         lines.append(cells)
     header += ["floor (share reached)"] if floors else []
-    return header + (["with overlap", "error (compiled's)"] if result["level"] == "kernel" else []), lines
+    return header + (["with overlap", "error (stock's)"] if result["level"] == "kernel" else []), lines
 
 
 def floor_text(line: dict[str, Any]) -> str:
@@ -1037,7 +1037,7 @@ def print_report(result: dict[str, Any]) -> None:
     errors = [line["errors"] for line in result["rows"] if line.get("errors")]
     if errors:
         worst = {arm: max(error[arm] for error in errors) for arm in ARMS}
-        print(f"Largest error against float64: compiled {worst['stock']:.1e}, mirage {worst['mirage']:.1e} (relative).")
+        print(f"Largest error against float64: stock {worst['stock']:.1e}, mirage {worst['mirage']:.1e} (relative).")
     if result.get("tokens"):
         print(f"Tokens: {result['tokens']['text']}.")
     if result["reason"]:
@@ -1186,11 +1186,11 @@ def draw(result: dict[str, Any], path: Path) -> None:
     else:
         for index, case in enumerate(cases):
             mine = [line for line in lines if line["case"] == case]
-            draw_shares(left, mine, batches, f"C{index}", case)
+            draw_shares(left, mine, batches, f"C{index}", case, "the stock path" if result["level"] == "kernel" else "stock")
             draw_speedups(right, result, mine, batches, f"C{index}", case)
     name = f"{cases[0]}, {metric}" if len(cases) == 1 else metric
     left.set_title(f"{name}: time" if len(cases) == 1 else f"{name}: share of the memory floor reached")
-    right.set_title(f"{name}: speed-up over {'compiled PyTorch' if result['level'] == 'kernel' else 'stock'}")
+    right.set_title(f"{name}: speed-up over {'the stock path' if result['level'] == 'kernel' else 'stock'}")
     env = result["environment"]
     figure.suptitle(f"{env['gpu'] or 'CPU'}, vLLM {env['vllm']}, torch {env['torch']}, {result['settings']['dtype']}")
     figure.savefig(path, dpi=150)
@@ -1206,7 +1206,7 @@ def draw_times(axes: Any, result: dict[str, Any], lines: list[dict[str, Any]], b
         middle = [line[arm]["median"] for line in mine]
         low = [line[arm]["median"] - line[arm]["p10"] for line in mine]
         high = [line[arm]["p90"] - line[arm]["median"] for line in mine]
-        label = "compiled PyTorch" if arm == "stock" and result["level"] == "kernel" else arm
+        label = "stock path" if arm == "stock" and result["level"] == "kernel" else arm
         x = [batches.index(line["batch"]) + (0.05 if arm == "mirage" else -0.05) for line in mine]
         axes.errorbar(x, middle, [low, high], color=COLOURS[arm], label=label, marker="o", ms=4, capsize=3)
     floors = [(batches.index(line["batch"]), line["floor"]) for line in lines if line["floor"]]
@@ -1218,15 +1218,17 @@ def draw_times(axes: Any, result: dict[str, Any], lines: list[dict[str, Any]], b
     axes.legend()
 
 
-def draw_shares(axes: Any, lines: list[dict[str, Any]], batches: list[int], colour: str, case: str) -> None:
-    """Floor / median of one model: solid for mirage, dashed for compiled PyTorch."""
+def draw_shares(
+    axes: Any, lines: list[dict[str, Any]], batches: list[int], colour: str, case: str, stock: str
+) -> None:
+    """Floor / median of one model: solid for mirage, dashed for stock."""
     for arm, style in (("mirage", "-"), ("stock", "--")):
         mine = [line for line in lines if line[arm]]
         x = [batches.index(line["batch"]) for line in mine]
         shares = [100 * line["floor"] / line[arm]["median"] for line in mine]
         axes.plot(x, shares, style, color=colour, marker=".", label=case if arm == "mirage" else None)
     label_batches(axes, batches)
-    axes.set_ylabel("% (solid mirage, dashed compiled PyTorch)")
+    axes.set_ylabel(f"% (solid mirage, dashed {stock})")
     axes.set_ylim(0, 105)
     axes.legend(ncols=2, fontsize="small")
 

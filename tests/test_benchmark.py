@@ -431,7 +431,7 @@ def test_the_kernel_level_goes_on_after_a_crash_and_says_what_has_no_kernel(
     ratios = [line["speedup"] and line["speedup"]["ratio"] for line in result["rows"]]
     assert ratios == [1.25, None, None, 1.25] * len(bench.KERNEL_OPS)
     assert result["rows"][0]["floor"] == 2.0  # µs: 8 MB at 4 TB/s
-    assert "compiled 1.0e-03, mirage 1.0e-03" in capsys.readouterr().out
+    assert "stock 1.0e-03, mirage 1.0e-03" in capsys.readouterr().out
 
 
 def test_the_kernel_level_checks_both_sides_against_float64(monkeypatch: pytest.MonkeyPatch) -> None:
