@@ -34,7 +34,7 @@ WORTH = 1.01  # a kernel must make the step this much faster to enter the table
 AGAIN = 6  # candidates of an op that are measured again once the other ops have changed
 
 
-def default_shapes() -> dict[str, LayerShape]:
+def known_shapes() -> dict[str, LayerShape]:
     """Qwen3 0.6B to 32B and their tensor-parallel shards over 2, 4 and 8 GPUs, by name such as 8B or 8B/2."""
     named = {f"{name}/{ranks}": shape.sharded(ranks) for name, shape in MODELS.items() for ranks in (2, 4, 8)}
     return {**MODELS, **named}
@@ -238,11 +238,10 @@ def run(arguments: argparse.Namespace) -> int:
     device = torch.device("cuda", torch.cuda.current_device())
     major, minor = torch.cuda.get_device_capability(device)
     arch = f"sm_{major}{minor}"
-    shapes = default_shapes()
-    if arguments.models:
-        if unknown := set(arguments.models) - set(shapes):
-            raise ValueError(f"the models {', '.join(sorted(unknown))} are none of {', '.join(shapes)}.")
-        shapes = {name: shapes[name] for name in arguments.models}
+    known, names = known_shapes(), arguments.models or list(MODELS)
+    if unknown := set(names) - set(known):
+        raise ValueError(f"the models {', '.join(sorted(unknown))} are none of {', '.join(known)}.")
+    shapes = {name: known[name] for name in names}
     output = Path(arguments.output) if arguments.output else plans.user_table()
     table = plans.read_table(output)
     entries = table.setdefault(arch, {})
