@@ -293,6 +293,8 @@ def _decode_kernel(qkv: torch.Tensor, num_heads: int, num_kv_heads: int, layer_n
         return None
     if kv_cache.dim() != 4 or kv_cache.shape[3] != 2 * HEAD_DIM or kv_cache.stride(3) != 1 or kv_cache.shape[2] % 16:
         return None
+    if kv_cache.dtype != qkv.dtype or not _addressable(qkv):
+        return None
     if metadata.block_table.dtype != torch.int32 or metadata.seq_lens.dtype != torch.int32 or slot_mapping.dtype != torch.int64:
         return None
     return kernel

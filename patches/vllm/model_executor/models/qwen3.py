@@ -56,7 +56,7 @@ class Qwen3DecoderLayer(stock.Qwen3DecoderLayer):
             hidden_states, residual = normalised(self.input_layernorm, hidden_states, residual)
             qkv, _ = attn.qkv_proj(hidden_states)
 
-        if "attention" in fused and positions.dim() == 1:
+        if "attention" in fused and positions.dim() == 1 and positions.dtype == torch.int64:
             hidden_states = fused["attention"](positions, qkv)  # [num_tokens, q·head_dim]
         else:
             q, k, v = qkv.split([attn.q_size, attn.kv_size, attn.kv_size], dim=-1)
