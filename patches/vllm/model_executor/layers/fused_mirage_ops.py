@@ -47,7 +47,7 @@ OVERLAY_VERSION = "0.2.0"
 
 # ---------------------------------------------------------------------------------------------------------- switch
 SWITCH, OPS_SWITCH = "VLLM_USE_MIRAGE", "VLLM_MIRAGE_OPS"
-OPS = ("norm_qkv", "attention", "o_proj", "norm_gate_up", "down_proj")
+OPS = mirage_ops.OPS
 
 
 def mirage_switch() -> str:
@@ -231,13 +231,14 @@ def _why_not_norm(norm_layer: RMSNorm) -> str | None:
 
 def _suffix(proj: Any) -> str:
     """ "qkv_proj" of "model.layers.0.self_attn.qkv_proj"."""
-    return getattr(proj, "prefix", "").rpartition(".")[2] or "the projection"
+    path: str = getattr(proj, "prefix", "") or getattr(proj, "layer_name", "")
+    return path.rpartition(".")[2] or "the projection"
 
 
 def _why_not_projection(proj: Any, cls: type) -> str | None:
-    name = _suffix(proj)
-    if type(proj) is not cls:  # a LoRA wrapper, a vendor's class
-        return f"{name} is {type(proj).__name__}, not {cls.__name__}"
+    name, found = _suffix(proj), type(proj)
+    if found is not cls:  # a LoRA wrapper, a vendor's class
+        return f"{name} is {found.__name__}, not {cls.__name__}"
     method = proj.quant_method
     if type(method) is not UnquantizedLinearMethod:  # before any look at .weight: it may not exist
         return f"{name} is quantised ({type(method).__name__})"
@@ -275,17 +276,31 @@ class _StandIn:
 
     def _refer_to(self, proj: LinearBase) -> None:
         self.proj = proj
-        # After loading, vLLM's CPU backend packs the weight and leaves `proj.weight` empty: keep the loaded parameter
-        # there, and only there.  On CUDA the weight is looked up at each call, so that reloading and sleep mode stay right.
-        self._cpu_weight = proj.weight if proj.weight.device.type == "cpu" else None
+        # On CUDA the weight is looked up at each call, so that reloading and sleep mode stay right.
+        self._cpu_weight = None
+        if proj.weight.device.type == "cpu":
+            self._keep_cpu_weight(proj)
+
+    def _keep_cpu_weight(self, proj: Any) -> None:
+        """After loading, vLLM's CPU backend packs the weight and leaves `proj.weight` empty: keep what was loaded, each time."""
+        self._cpu_weight = proj.weight
+        pack = proj.quant_method.process_weights_after_loading
+
+        def keep_and_pack(layer: Any) -> None:
+            self._cpu_weight = layer.weight
+            pack(layer)
+
+        proj.quant_method.process_weights_after_loading = keep_and_pack
 
     def _weight(self) -> torch.Tensor:
         return self.proj.weight if self._cpu_weight is None else self._cpu_weight
 
-    @staticmethod
-    def standing(layer: Any) -> Any:
+    def standing(self, layer: Any) -> Any:
         """What now stands in `proj`'s place in the layer."""
         raise NotImplementedError
+
+    def settle(self) -> None:
+        """Called once it is decided that the stand-in is used."""
 
     def in_place(self, layer: Any) -> bool:
         return self.standing(layer) is self.proj
@@ -303,8 +318,7 @@ class FusedRMSNormQKV(_StandIn):
         self.qkv_proj = qkv_proj
         self._refer_to(qkv_proj)
 
-    @staticmethod
-    def standing(layer: Any) -> Any:
+    def standing(self, layer: Any) -> Any:
         return layer.self_attn.qkv_proj
 
     def prepare(self) -> Any:
@@ -329,8 +343,7 @@ class FusedRMSNormGateUpSiLU(_StandIn):
         self.norm_layer = norm_layer
         self._refer_to(gate_up_proj)
 
-    @staticmethod
-    def standing(layer: Any) -> Any:
+    def standing(self, layer: Any) -> Any:
         return layer.mlp.gate_up_proj
 
     def prepare(self) -> Any:
@@ -376,13 +389,14 @@ class FusedAttention(_StandIn):
         self.attention = attention
         self.proj = attention.attn
         self.layer_name = _encode_layer_name(attention.attn.layer_name)
+
+    def settle(self) -> None:
         config = get_current_vllm_config_or_none()
         splitting = config.compilation_config.splitting_ops if config is not None else None
         if splitting and mirage_ops.SPLITTING_OP not in splitting:  # piecewise graphs stop before vLLM's attention: before ours, too
             splitting.append(mirage_ops.SPLITTING_OP)
 
-    @staticmethod
-    def standing(layer: Any) -> Any:
+    def standing(self, layer: Any) -> Any:
         return layer.self_attn.attn
 
     def prepare(self) -> Any:
@@ -460,7 +474,7 @@ def fuse_layer(layer: Any, forward: Any, attention_class: type, mlp_class: type,
 
 
 def _plan_op(op: str, name: str, layer: Any, common: str | None) -> LayerPlan:
-    reason = common or (f"{OPS_SWITCH} leaves {op} out" if op not in enabled_ops() else _why_not_op(op, layer))
+    reason = common or (f"{OPS_SWITCH} leaves it out" if op not in enabled_ops() else _why_not_op(op, layer))
     fused, kernel = None, None
     if reason is None:
         fused = _stand_in(op, layer)
@@ -471,6 +485,8 @@ def _plan_op(op: str, name: str, layer: Any, common: str | None) -> LayerPlan:
                 fused = None  # stock at stock's cost; on the CPU the op runs all the same, which is how it is tested without a GPU
         else:
             kernel = prepared.name
+        if fused is not None:
+            fused.settle()
     return LayerPlan(name, op, weakref.ref(layer), fused, kernel, reason)
 
 
@@ -515,14 +531,14 @@ def _why_not_layer(layer: Any, forward: Any, attention_class: type, mlp_class: t
 def mirage_report() -> dict[str, Any]:
     """What runs in this process, ready for JSON.
 
-    layers: one entry for each op of each decoder layer of the model built last on this rank.  calls: how often each body
+    layers: one entry for each op of each living decoder layer of the Qwen3 model built last on this rank.  calls: how often each body
     of an op ran in Python since that model was begun (a replayed CUDA graph counts once, when it is captured).
     """
     return {
         "switch": mirage_switch(),
         "overlay_version": OVERLAY_VERSION,
         "rank": torch.distributed.get_rank() if torch.distributed.is_initialized() else 0,
-        "layers": [plan.report() for plan in _plans.values()],
+        "layers": [plan.report() for plan in _plans.values() if plan.layer() is not None],
         "kernels": [_describe(key, kernel) for key, kernel in mirage_ops.kernels.items()],
         "calls": dict(mirage_ops.calls),
     }

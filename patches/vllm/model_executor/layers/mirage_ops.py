@@ -142,7 +142,7 @@ def rms_norm_native(
     if residual is not None:
         total = total + residual.to(torch.float32)
     normed = total * torch.rsqrt(total.pow(2).mean(-1, keepdim=True) + eps)
-    return normed.to(weight.dtype) * weight, total.to(x.dtype)
+    return normed.to(weight.dtype) * weight, total.to(x.dtype).contiguous()
 
 
 def _rms_norm(
@@ -288,6 +288,8 @@ def _decode_kernel(qkv: torch.Tensor, num_heads: int, num_kv_heads: int, layer_n
     if metadata is None or slot_mapping is None:  # a profiling run
         return None
     if metadata.max_query_len != 1 or getattr(metadata, "use_cascade", False) or getattr(metadata, "causal", True) is not True:
+        return None
+    if getattr(metadata, "rswa_window", None) is not None:  # reference sliding windows, which not every token sees through
         return None
     if min(metadata.seq_lens.shape[0], metadata.block_table.shape[0], slot_mapping.shape[0]) < qkv.shape[0]:
         return None

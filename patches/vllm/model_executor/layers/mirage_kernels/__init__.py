@@ -11,26 +11,16 @@
 `prepare()` and `prepare_attention()` are the whole interface: a callable kernel, or one sentence why there is none.
 """
 
-import hashlib
 from collections.abc import Callable
-from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import torch
 
-from .compiler import RUNTIME, CompileError
+from .compiler import CompileError
 from .kernels import DecodeAttention, Linear, NormGemm
 from .plans import GEMM_OPS, AttentionPlan, Plan, attention_plans_for, heuristic, plans_for
 
-HERE = Path(__file__).parent
 MIN_CAPABILITY = 80  # bf16 mma
-Kernel = TypeVar("Kernel", NormGemm, Linear, NormGemm | Linear, DecodeAttention)
-
-
-def source_hash() -> str:
-    """Hash of everything shipped that decides what the kernels compute: names the build in a report."""
-    files = sorted([*HERE.glob("*.cu"), *HERE.glob("*.py"), HERE / RUNTIME, HERE / "plans.json"])
-    return hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()[:16]
 
 
 def prepare(
@@ -45,7 +35,9 @@ def prepare(
     if op not in GEMM_OPS:
         return f"there is no kernel for the op {op}"
 
-    def build(arch: str, device: torch.device) -> NormGemm | Linear | str:
+    kind = Linear if op == "linear" else NormGemm
+
+    def build(arch: str, device: torch.device) -> Any:
         found = plans if plans is not None else plans_for(op, k, n, arch)
         if isinstance(found, str):
             return found
@@ -54,7 +46,7 @@ def prepare(
             if None in split:
                 return f"no plan for float16 divides K {k} and N {n}"
             found = [plan for plan in split if plan is not None]
-        return (Linear if op == "linear" else NormGemm)(op, k, n, dtype, device, found, overlap)
+        return kind(op, k, n, dtype, device, found, overlap)
 
     return _prepare(dtype, device, build)
 
@@ -66,14 +58,14 @@ def prepare_attention(
     if heads % kv_heads or heads // kv_heads > 8:
         return f"{heads} heads over {kv_heads} are not 1 to 8 heads for each"
 
-    def build(arch: str, device: torch.device) -> DecodeAttention | str:
+    def build(arch: str, device: torch.device) -> Any:
         found = plans if plans is not None else attention_plans_for(heads, kv_heads, arch)
         return found if isinstance(found, str) else DecodeAttention(heads, kv_heads, dtype, device, found, overlap)
 
     return _prepare(dtype, device, build)
 
 
-def _prepare(dtype: torch.dtype, device: torch.device, build: Callable[[str, torch.device], Kernel | str]) -> Kernel | str:
+def _prepare(dtype: torch.dtype, device: torch.device, build: Callable[[str, torch.device], Any]) -> Any:
     """build(architecture, device), or why nothing can be built."""
     if device.type != "cuda":
         return f"no GPU: the device is {device.type}"

@@ -104,8 +104,7 @@ class CubinCache:
         paths = [self.folder / f"{build.key(version)}.cubin" for build in builds]
         found = [_read(path) for path in paths]
         if None in found:
-            first = next(path for path, cubin in zip(paths, found, strict=True) if cubin is None)
-            with FileLock(str(first.with_suffix(".lock"))):
+            with FileLock(str(self.folder / "compile.lock")):
                 found = [cubin or _read(path) for cubin, path in zip(found, paths, strict=True)]  # another process may have
                 missing = [i for i, cubin in enumerate(found) if cubin is None]
                 if missing:
@@ -120,7 +119,7 @@ class CubinCache:
 def _read(path: Path) -> bytes | None:
     """The cubin, or None if the entry is absent, not a plain file of this user alone, or damaged."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # a pipe in its place must not block
     except OSError:
         return None
     with os.fdopen(descriptor, "rb") as file:
