@@ -43,13 +43,13 @@ def environment(site, **values):
     }
 
 
-def run_engines(folder, site, cases, **values):
+def run_engines(folder, site, cases, worker=WORKER, **values):
     """Run the cases in one process that imports vLLM from `site`; {name: result}."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "cases.json").write_text(json.dumps(cases))
     with (folder / "log").open("w") as log:
         done = subprocess.run(
-            [sys.executable, str(WORKER), str(folder / "cases.json"), str(folder / "results.json")],
+            [sys.executable, str(worker), str(folder / "cases.json"), str(folder / "results.json")],
             env=environment(site, VLLM_CACHE_ROOT=str(folder.parent / "cache"), **values),
             stdout=log,
             stderr=subprocess.STDOUT,
