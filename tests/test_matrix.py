@@ -7,11 +7,11 @@ proves that the feature was in use. test_engine.py holds the rows of the switch,
 
 import json
 import shutil
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
-import test_engine
 import torch
 from safetensors.torch import load_file, save_file
 from test_engine import run_engines
@@ -37,7 +37,7 @@ def derive(folder: Path, source: Path, config: dict[str, Any], change: Any) -> P
 
 def biased(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
     if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
-        return {name: tensor, name.replace(".weight", ".bias"): 0.1 * tensor[:, 0]}
+        return {name: tensor, name.replace(".weight", ".bias"): 8 * tensor[:, 0]}
     return {name: tensor}
 
 
@@ -136,19 +136,18 @@ def adapters(tmp_path_factory):
     """{kind: two adapters}: of the query projection, and of the output projection alone."""
     root = tmp_path_factory.mktemp("adapters")
     kinds = {"q_proj": (256, 256), "o_proj": (256, 256)}
-    return {
-        name: [make_adapter(root / name / str(seed), seed, {name: shape}) for seed in (1, 2)] for name, shape in kinds.items()
-    }
+    return {name: [make_adapter(root / name / str(seed), seed, {name: shape}) for seed in (1, 2)] for name, shape in kinds.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------ rows
-class Row(NamedTuple):
+@dataclass(frozen=True)
+class Row:
     """One use of a model, and the path that its norm + QKV must take."""
 
     use: str = "plain"  # a function of matrix_worker.py
     model: str = "fp32"
-    llm: dict[str, Any] = {}
-    env: dict[str, str] = {}
+    llm: dict[str, Any] = field(default_factory=dict)
+    env: dict[str, str] = field(default_factory=dict)
     path: str | None = "fused"  # None: the model has no layer of ours
     reason: str = ""
     adapters: str | None = None
