@@ -300,7 +300,7 @@ def test_pipeline_parallel_compiled_workers_fuse_their_own_layers(work, vllm_ove
 
 # ------------------------------------------------------------------------------------------------------ OpenAI server
 @contextmanager
-def serving(site, model, log_path):
+def serving(site, model, log_path, **more):
     """(address, process) of an OpenAI server on this fp32 model, engine in its own process, the fused path where it may run."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -308,7 +308,7 @@ def serving(site, model, log_path):
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
     command += ["--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
     command += ["--enforce-eager", "--max-model-len", "256", "--kv-cache-memory-bytes", str(32 << 20)]
-    settings = {"VLLM_USE_MIRAGE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_SERVER_DEV_MODE": "1"}
+    settings = {"VLLM_USE_MIRAGE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_SERVER_DEV_MODE": "1", **more}
     with log_path.open("w") as log:
         process = subprocess.Popen(command, env=environment(site, **settings), stdout=log, stderr=subprocess.STDOUT)
     try:
