@@ -121,11 +121,11 @@ def answer(case: dict[str, Any]) -> dict[str, Any]:
     from vllm.model_executor.layers import fused_mirage_ops as mirage
 
     llm = LLM(**{"max_model_len": 256, "max_num_seqs": 8, "kv_cache_memory_bytes": 32 << 20, "seed": 0, **case["llm"]})
-    calls = sum(mirage.mirage_report()["calls"].values())
+    before = mirage.mirage_report()["calls"]
     try:
         result = USES[case["use"]](llm, case)
         result["modules"] = llm.apply_model(lambda model: sorted({type(module).__name__ for module in model.modules()}))[0]
-        result["op_calls"] = sum(mirage.mirage_report()["calls"].values()) - calls
+        result["calls"] = {body: count - before[body] for body, count in mirage.mirage_report()["calls"].items()}
         return result
     finally:
         llm.llm_engine.engine_core.shutdown()
