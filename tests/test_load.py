@@ -12,13 +12,13 @@ from pathlib import Path
 
 import psutil
 import pytest
-from test_engine import op_calls, reports_of, serving
+from test_engine import reports_of, serving
 
 pytestmark = pytest.mark.engine
 
 CLIENT = Path(__file__).parent / "load_client.py"
 REQUESTS = 400
-GROWTH_MIB = 16  # in the second half of the requests
+GROWTH_MIB = 12  # in the second half of the requests: 5 were measured, the ops' outputs in that half are about 180
 # Stock vLLM's CPU GEMMs keep up to 1024 of oneDNN's primitives, a new one for each number of tokens: hundreds of MiB on any path.
 QUIET = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "1"}
 
@@ -31,10 +31,15 @@ def server(tmp_path_factory, vllm_overlay, make_tiny):
         yield address_and_process
 
 
+def calls(url):
+    """Calls of the ops' bodies so far."""
+    return sum(sum(report["calls"].values()) for report in reports_of(url))
+
+
 def test_answers_under_load_are_those_given_alone(server, tmp_path):
     """Bursts, mixed lengths, cancelled and dropped requests: exact answers, nothing stuck, memory that does not grow."""
     url, process = server
-    calls = op_calls({"reports": reports_of(url)})
+    before = calls(url)
     command = [sys.executable, str(CLIENT), "--url", url, "--requests", str(REQUESTS), "--concurrency", "24", "--exact"]
     command += ["--pid", str(process.pid), "--max-tokens", "48", "--json", str(tmp_path / "load.json")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
@@ -44,7 +49,7 @@ def test_answers_under_load_are_those_given_alone(server, tmp_path):
     assert sum(result["kinds"].values()) == REQUESTS and len(result["kinds"]) == 4
     memory = result["resident_mib_by_quarter"]
     assert memory[3] - memory[1] < GROWTH_MIB
-    assert op_calls({"reports": reports_of(url)}) > calls
+    assert calls(url) > before
 
 
 def engine_core(server):

@@ -9,6 +9,7 @@ import json
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -268,3 +269,12 @@ class TestTheFeatureWasInUse:
         result = results[f"moe={switch}"]
         assert "Qwen3MoeDecoderLayer" in result["modules"] and "Qwen3DecoderLayer" not in result["modules"]
         assert not any(result["calls"].values())
+
+
+def test_off_the_cpu_no_weight_is_kept(ops):
+    """Sleep mode takes the weights away and wakes with others in their place. The CPU build has no sleep mode."""
+    projection = SimpleNamespace(prefix="model.layers.0.mlp.down_proj", tp_size=1, weight=torch.empty(4, 4, device="meta"))
+    fused = ops.FusedLinear(projection)
+    for value in (1.0, 2.0):
+        projection.weight = torch.full((4, 4), value)
+        assert torch.equal(fused(torch.ones(1, 4)), torch.full((1, 4), 4 * value))
