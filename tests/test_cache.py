@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -47,7 +48,7 @@ compiler.CubinCache(Path(sys.argv[2])).get([compiler.Build("linear.cu", (), "sm_
 @pytest.fixture
 def compiler():
     """compiler.py as a module of this test's own, so that nothing patched in it outlives the test."""
-    spec = importlib.util.spec_from_file_location("cache_under_test", KERNELS / "compiler.py")
+    spec: Any = importlib.util.spec_from_file_location("cache_under_test", KERNELS / "compiler.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
