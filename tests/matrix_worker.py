@@ -7,7 +7,7 @@ A case is one of engine_worker.py's plus "use", the name of a function below. Ea
 stock and the fused path, and proof that the feature was in use.
 """
 
-import importlib.util
+import importlib.machinery
 import sys
 import types
 from pathlib import Path
@@ -132,14 +132,17 @@ def answer(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def stand_in_for_numba() -> None:
-    """vLLM's n-gram speculator compiles its loops with numba, which the CPU install lacks: as plain Python they give the same."""
+    """vLLM's n-gram speculator compiles its loops with numba, which the CPU install lacks: as plain Python they give the same.
+
+    Also where numba is installed: with numba 0.65.0 every engine after the n-gram one failed to start in this process.
+    """
     stub: Any = types.ModuleType("numba")
+    stub.__spec__ = importlib.machinery.ModuleSpec("numba", None)  # or find_spec() would raise
     stub.get_num_threads, stub.set_num_threads, stub.prange = (lambda: 1), (lambda count: None), range
     stub.jit = stub.njit = lambda *args, **options: args[0] if args else (lambda function: function)
-    sys.modules.setdefault("numba", stub)
+    sys.modules["numba"] = stub
 
 
 if __name__ == "__main__":
-    if importlib.util.find_spec("numba") is None:
-        stand_in_for_numba()
+    stand_in_for_numba()
     engine_worker.main(run)
