@@ -13,6 +13,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -43,13 +44,13 @@ def environment(site, **values):
     }
 
 
-def run_engines(folder, site, cases, **values):
+def run_engines(folder, site, cases, worker=WORKER, **values):
     """Run the cases in one process that imports vLLM from `site`; {name: result}."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "cases.json").write_text(json.dumps(cases))
     with (folder / "log").open("w") as log:
         done = subprocess.run(
-            [sys.executable, str(WORKER), str(folder / "cases.json"), str(folder / "results.json")],
+            [sys.executable, str(worker), str(folder / "cases.json"), str(folder / "results.json")],
             env=environment(site, VLLM_CACHE_ROOT=str(folder.parent / "cache"), **values),
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -298,24 +299,21 @@ def test_pipeline_parallel_compiled_workers_fuse_their_own_layers(work, vllm_ove
 
 
 # ------------------------------------------------------------------------------------------------------ OpenAI server
-@pytest.fixture
-def server(work, vllm_overlay, make_tiny):
-    """The address of an OpenAI server on the tiny model, engine in its own process."""
+@contextmanager
+def serving(site, model, log_path, **more):
+    """(address, process) of an OpenAI server on this fp32 model, engine in its own process, the fused path where it may run."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(make_tiny(dtype="float32"))]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
     command += ["--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
     command += ["--enforce-eager", "--max-model-len", "256", "--kv-cache-memory-bytes", str(32 << 20)]
-    settings = {"VLLM_USE_MIRAGE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_SERVER_DEV_MODE": "1"}
-    log_path = work / "server.log"
+    settings = {"VLLM_USE_MIRAGE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_SERVER_DEV_MODE": "1", **more}
     with log_path.open("w") as log:
-        process = subprocess.Popen(
-            command, env=environment(vllm_overlay, **settings), stdout=log, stderr=subprocess.STDOUT
-        )
+        process = subprocess.Popen(command, env=environment(site, **settings), stdout=log, stderr=subprocess.STDOUT)
     try:
         wait_until_healthy(f"http://127.0.0.1:{port}/health", process, log_path)
-        yield f"http://127.0.0.1:{port}"
+        yield f"http://127.0.0.1:{port}", process
     finally:
         process.terminate()
         try:
@@ -323,6 +321,12 @@ def server(work, vllm_overlay, make_tiny):
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+@pytest.fixture
+def server(work, vllm_overlay, make_tiny):
+    with serving(vllm_overlay, make_tiny(dtype="float32"), work / "server.log") as (url, _):
+        yield url
 
 
 def wait_until_healthy(url, process, log_path):
@@ -337,6 +341,13 @@ def wait_until_healthy(url, process, log_path):
     pytest.fail(f"the server was not ready after {START_S} s: {log_path.read_text()[-4000:]}")
 
 
+def reports_of(url):
+    """mirage_report() of the server's workers."""
+    request = urllib.request.Request(f"{url}/collective_rpc", b'{"method": "mirage_report"}', {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=30) as response:
+        return json.load(response)["results"]
+
+
 def test_the_openai_server_answers_a_client_on_the_fused_path(server, stock):
     from engine_worker import MAX_TOKENS, PROMPTS
     from openai import OpenAI
@@ -348,9 +359,5 @@ def test_the_openai_server_answers_a_client_on_the_fused_path(server, stock):
     )
     assert [choice["token_ids"] for choice in answer.model_dump()["choices"]] == stock["fp32"]["tokens"]
 
-    request = urllib.request.Request(
-        f"{server}/collective_rpc", b'{"method": "mirage_report"}', {"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=30) as response:
-        reports = json.load(response)["results"]
+    reports = reports_of(server)
     assert_path({"reports": reports}, "fused")

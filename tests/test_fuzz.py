@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ops on inputs that nobody would think of: each answers like its float64 reference or raises, whatever it is given.
+
+A new op is one more entry of OPS.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+Tensors = tuple[torch.Tensor, ...]
+
+
+# ------------------------------------------------------------------------------------------------------------- ops
+class Op(NamedTuple):
+    """One op: shapes are the sizes of each tensor argument by name, "lead" standing for any number of dimensions."""
+
+    shapes: tuple[str, ...]
+    reference: Callable[..., Tensors]  # of float64 tensors and the last argument
+    last: tuple[float | str, ...] = (1e-6, 1e-5, 1e-2)  # values of the last argument: eps
+
+
+def rms_norm(x: torch.Tensor, gamma: torch.Tensor, eps: float) -> torch.Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * gamma
+
+
+def norm_qkv(x: torch.Tensor, gamma: torch.Tensor, weight: torch.Tensor, eps: float) -> Tensors:
+    return (rms_norm(x, gamma, eps) @ weight.T,)
+
+
+def add_norm_qkv(x: torch.Tensor, residual: torch.Tensor, gamma: torch.Tensor, weight: torch.Tensor, eps: float) -> Tensors:
+    return rms_norm(x + residual, gamma, eps) @ weight.T, x + residual
+
+
+def add_norm_gate_up_silu(x: torch.Tensor, residual: torch.Tensor, gamma: torch.Tensor, weight: torch.Tensor, eps: float) -> Tensors:
+    gate_up, total = add_norm_qkv(x, residual, gamma, weight, eps)
+    half = gate_up.shape[-1] // 2
+    return F.silu(gate_up[..., :half]) * gate_up[..., half:], total
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, name: str) -> Tensors:
+    return (x @ weight.T,)
+
+
+OPS = {
+    "norm_qkv": Op(("lead k", "k", "n k"), norm_qkv),
+    "add_norm_qkv": Op(("lead k", "lead k", "k", "n k"), add_norm_qkv),
+    "add_norm_gate_up_silu": Op(("lead k", "lead k", "k", "2n k"), add_norm_gate_up_silu),
+    "linear": Op(("lead k", "n k"), linear, ("o_proj", "down_proj")),
+}
+
+# ---------------------------------------------------------------------------------------------------------- inputs
+DTYPES = {torch.float32: 1e-4, torch.float16: 0.03, torch.bfloat16: 0.2}  # and how far one output may be off, of numbers near 1
+LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {  # the same numbers, elsewhere in memory
+    "contiguous": lambda t: t.clone(),
+    "transposed": lambda t: t.mT.clone(memory_format=torch.contiguous_format).mT if t.dim() > 1 else t.clone(),
+    "every second": lambda t: t.repeat_interleave(2, dim=-1)[..., ::2],
+    "unaligned": lambda t: torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape),
+    "one row": lambda t: t[..., :1, :].clone().expand(t.shape) if t.dim() > 1 and t.numel() else t.clone(),  # stride 0
+}
+
+
+class Call(NamedTuple):
+    tensors: list[torch.Tensor]
+    last: float | str
+
+
+@st.composite
+def calls(draw: st.DrawFn, op: Op) -> Call:
+    """Arguments that belong together."""
+    lead = tuple(draw(st.lists(st.integers(0, 5), min_size=1, max_size=3)))
+    sizes = {"k": draw(st.integers(0, 70)), "n": (n := draw(st.integers(0, 40))), "2n": 2 * n}
+    dtype = draw(st.sampled_from(list(DTYPES)))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    scale = draw(st.sampled_from([0.0, 1e-3, 1.0, 30.0]))
+
+    def tensor(names: list[str]) -> torch.Tensor:
+        shape = sum((lead if name == "lead" else (sizes[name],) for name in names), ())
+        values = torch.randn(shape, generator=generator)
+        # activations of any size; norm weights near 1 and projections with gain 1 keep the outputs near 1
+        values = values * scale if "lead" in names else 1 + 0.25 * values if len(shape) == 1 else values * max(sizes["k"], 1) ** -0.5
+        return LAYOUTS[draw(st.sampled_from(list(LAYOUTS)))](values.to(dtype))
+
+    return Call([tensor(names.split()) for names in op.shapes], draw(st.sampled_from(op.last)))
+
+
+@st.composite
+def spoiled_calls(draw: st.DrawFn, op: Op) -> Call:
+    """Arguments of which one does not fit the others: another size, dtype or number of dimensions."""
+    call = draw(calls(op))
+    tensors = list(call.tensors)
+    index = draw(st.integers(0, len(tensors) - 1))
+    tensor, spoil = tensors[index], draw(st.sampled_from(["size", "dtype", "more", "fewer"]))
+    if spoil == "size":
+        dim = draw(st.integers(0, tensor.dim() - 1))
+        size = draw(st.integers(0, 7))
+        shape = [*tensor.shape[:dim], size, *tensor.shape[dim + 1 :]]
+        tensors[index] = torch.ones(shape, dtype=tensor.dtype)
+    elif spoil == "dtype":
+        tensors[index] = tensor.to(draw(st.sampled_from([torch.float64, torch.float32, torch.float16, torch.int32, torch.bool])))
+    elif spoil == "more":
+        tensors[index] = tensor.unsqueeze(0)
+    else:
+        tensors[index] = tensor.flatten()[:1].squeeze() if tensor.dim() == 1 else tensor.flatten(0, 1)
+    return Call(tensors, call.last)
+
+
+# ----------------------------------------------------------------------------------------------------------- tests
+def answer(name: str, call: Call) -> Tensors:
+    """The op's outputs, always as a tuple."""
+    outputs = getattr(torch.ops.vllm_mirage, name)(*call.tensors, call.last)
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def assert_near(outputs: Tensors, exact: Tensors, tolerance: float) -> None:
+    """Within `tolerance` of numbers near 1, and of larger ones in proportion to the largest."""
+    assert len(outputs) == len(exact)
+    for output, expected in zip(outputs, exact, strict=True):
+        size = expected.abs().nan_to_num(0, 0, 0).max().item() if expected.numel() else 0.0
+        torch.testing.assert_close(
+            output.double(), expected.to(output.dtype).double(), rtol=0, atol=tolerance * max(1.0, size), equal_nan=True
+        )
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_every_layout_gives_the_references_answer(ops, name):
+    op = OPS[name]
+
+    @settings(max_examples=300, deadline=None, derandomize=True, database=None)
+    @given(calls(op))
+    def check(call):
+        before = [tensor.clone() for tensor in call.tensors]
+        outputs = answer(name, call)
+        dtype = call.tensors[0].dtype
+        assert all(output.dtype == dtype for output in outputs)
+        assert_near(outputs, op.reference(*(tensor.double() for tensor in call.tensors), call.last), DTYPES[dtype])
+        assert all(map(torch.equal, call.tensors, before))
+
+    check()
+
+
+LAID_OUT = pytest.mark.xfail(strict=True, reason="PyTorch's body on the CPU returns the residual with the strides of its input")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[LAID_OUT] * name.startswith("add_")) for name in OPS])
+def test_the_fake_tells_shape_dtype_and_layout(ops, name):
+    """Inductor plans memory by the fake: an output with other strides would be read wrong."""
+
+    @settings(max_examples=60, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
+    @given(calls(OPS[name]))
+    def check(call):
+        outputs = answer(name, call)
+        with FakeTensorMode() as mode:
+            fakes = answer(name, Call([mode.from_tensor(tensor) for tensor in call.tensors], call.last))
+        for output, fake in zip(outputs, fakes, strict=True):
+            assert (output.shape, output.dtype) == (fake.shape, fake.dtype)
+            assert output.is_contiguous() == fake.is_contiguous()  # strides of empty or single-row tensors are free
+
+    check()
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_arguments_that_do_not_fit_raise_or_give_the_references_answer(ops, name):
+    op = OPS[name]
+    seen = {"raised": 0, "answered": 0}
+
+    @settings(max_examples=300, deadline=None, derandomize=True, database=None)
+    @given(spoiled_calls(op))
+    def check(call):
+        try:
+            outputs = answer(name, call)
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            assert str(error)
+            seen["raised"] += 1
+            return
+        exact = op.reference(*(tensor.double() for tensor in call.tensors), call.last)  # raises if the op should have
+        tolerance = max(DTYPES.get(tensor.dtype, 0.0) for tensor in (*call.tensors, *outputs))
+        assert_near(outputs, exact, tolerance or math.inf)
+        seen["answered"] += 1
+
+    check()
+    assert min(seen.values()) > 10, seen
