@@ -42,7 +42,7 @@ _ELEMENTWISE: dict[str, Callable[..., Array]] = {
     "exp": np.exp,
     "square": np.square,
     "sqrt": np.sqrt,
-    "silu": lambda x: x / (1.0 + np.exp(-x)),
+    "silu": lambda x: x * 0.5 * (1.0 + np.tanh(0.5 * x)),  # x / (1 + exp(-x)) without its overflow
 }
 
 

@@ -157,7 +157,7 @@ def compile_all(shapes: list[LayerShape], limits: tuple[int, ...], arch: str, co
 
     def compile_one(entry: tuple[str, tuple[tuple[str, int], ...]]) -> None:
         try:
-            cache.get([Build(f"{entry[0]}.cu", entry[1], arch)])
+            cache.fill(Build(f"{entry[0]}.cu", entry[1], arch))
         except CompileError as error:
             print(f"skipped: {error}")
 

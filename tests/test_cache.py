@@ -85,7 +85,6 @@ def test_a_folder_in_an_entrys_place_is_an_error_at_once(compiler, compiled, tmp
         cache.get(builds)
 
 
-@pytest.mark.xfail(strict=True, reason="the entry is opened without O_NONBLOCK: a pipe keeps the engine waiting for ever")
 def test_a_pipe_in_an_entrys_place_is_compiled_anew(compiler, compiled, tmp_path):
     cache, builds = compiler.CubinCache(tmp_path), [compiler.Build("linear.cu", (), "sm_90")]
     entry, found = tmp_path / f"{builds[0].key('13.0')}.cubin", []
@@ -119,7 +118,6 @@ def test_processes_that_compile_the_same_kernel_at_once_compile_it_once(tmp_path
     assert {path.suffix for path in (tmp_path / "cache").iterdir()} <= {".cubin", ".lock"}  # no temporary file is left
 
 
-@pytest.mark.xfail(strict=True, reason="each list of kernels locks its first missing one: a list begun meanwhile locks another")
 def test_a_process_that_comes_in_the_middle_waits_for_the_rest(compiler, compiled, tmp_path, monkeypatch):
     builds = [compiler.Build(source, (), "sm_90") for source in ("linear.cu", "rms_norm.cu")]
     compile_cubin, go_on = compiler.compile_cubin, threading.Event()

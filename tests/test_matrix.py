@@ -221,10 +221,7 @@ def test_the_path_is_the_rows(results, name):
         assert ran_fused == (row.path == "fused")
 
 
-STALE = pytest.mark.xfail(strict=True, reason="on the CPU the fused path keeps the weight that was loaded first")
-
-
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[STALE] * (name == "reload")) for name in ROWS if name != "embedding"])
+@pytest.mark.parametrize("name", [name for name in ROWS if name != "embedding"])
 def test_the_tokens_are_stocks(results, name):
     if not works(name, results):
         pytest.skip(f"the CPU build stops at {ROWS[name].stops}, on both paths")

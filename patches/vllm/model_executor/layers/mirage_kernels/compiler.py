@@ -115,6 +115,12 @@ class CubinCache:
                             found[i] = cubin
         return [cubin for cubin in found if cubin is not None]
 
+    def fill(self, build: Build) -> None:
+        """Compiles one entry if it is missing, without the lock: for a tuner that fills the cache from many threads."""
+        path = self.folder / f"{build.key(nvrtc_version())}.cubin"
+        if _read(path) is None:
+            _write(path, compile_cubin(build))
+
 
 def _read(path: Path) -> bytes | None:
     """The cubin, or None if the entry is absent, not a plain file of this user alone, or damaged."""
