@@ -166,9 +166,7 @@ def _norm_qkv(
     return F.linear(normed, qkv_weight)
 
 
-def _norm_qkv_fake(
-    hidden_states: torch.Tensor, norm_weight: torch.Tensor, qkv_weight: torch.Tensor, eps: float
-) -> torch.Tensor:
+def _norm_qkv_fake(hidden_states, norm_weight, qkv_weight, eps):
     return hidden_states.new_empty((*hidden_states.shape[:-1], qkv_weight.shape[0]))
 
 
@@ -191,13 +189,7 @@ def _add_norm_qkv(
     return F.linear(normed, qkv_weight), residual_out
 
 
-def _add_norm_qkv_fake(
-    hidden_states: torch.Tensor,
-    residual: torch.Tensor,
-    norm_weight: torch.Tensor,
-    qkv_weight: torch.Tensor,
-    eps: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _add_norm_qkv_fake(hidden_states, residual, norm_weight, qkv_weight, eps):
     qkv = hidden_states.new_empty((*hidden_states.shape[:-1], qkv_weight.shape[0]))
     return qkv, torch.empty_like(residual, memory_format=torch.contiguous_format)
 
@@ -249,13 +241,7 @@ def silu_and_mul_native(gate_up: torch.Tensor) -> torch.Tensor:
     return F.silu(gate) * up
 
 
-def _add_norm_gate_up_silu_fake(
-    hidden_states: torch.Tensor,
-    residual: torch.Tensor,
-    norm_weight: torch.Tensor,
-    gate_up_weight: torch.Tensor,
-    eps: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _add_norm_gate_up_silu_fake(hidden_states, residual, norm_weight, gate_up_weight, eps):
     out = hidden_states.new_empty((*hidden_states.shape[:-1], gate_up_weight.shape[0] // 2))
     return out, torch.empty_like(residual, memory_format=torch.contiguous_format)
 
@@ -269,7 +255,7 @@ def _linear(x: torch.Tensor, weight: torch.Tensor, name: str) -> torch.Tensor:
     return F.linear(x, weight)
 
 
-def _linear_fake(x: torch.Tensor, weight: torch.Tensor, name: str) -> torch.Tensor:
+def _linear_fake(x, weight, name):
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
@@ -420,16 +406,8 @@ def _qk_norm_rope_cache(
 
 
 def _qk_norm_rope_cache_fake(
-    qkv: torch.Tensor,
-    positions: torch.Tensor,
-    q_weight: torch.Tensor,
-    k_weight: torch.Tensor,
-    cos_sin_cache: torch.Tensor,
-    eps: float,
-    num_heads: int,
-    num_kv_heads: int,
-    layer_name: LayerNameType,
-) -> torch.Tensor:
+    qkv, positions, q_weight, k_weight, cos_sin_cache, eps, num_heads, num_kv_heads, layer_name
+):
     return qkv.new_empty((qkv.shape[0], (num_heads + num_kv_heads) * q_weight.shape[0]))
 
 
@@ -487,19 +465,9 @@ def _decode_attention(
 
 
 def _decode_attention_fake(
-    qkv: torch.Tensor,
-    qk: torch.Tensor,
-    positions: torch.Tensor,
-    q_weight: torch.Tensor,
-    k_weight: torch.Tensor,
-    cos_sin_cache: torch.Tensor,
-    output: torch.Tensor,
-    eps: float,
-    num_heads: int,
-    num_kv_heads: int,
-    layer_name: LayerNameType,
-) -> None:
-    return
+    qkv, qk, positions, q_weight, k_weight, cos_sin_cache, output, eps, num_heads, num_kv_heads, layer_name
+):
+    return None
 
 
 SPLITTING_OP = "vllm_mirage::decode_attention"
