@@ -64,6 +64,15 @@ def generate(llm: Any, lora: str | None) -> dict[str, Any]:
     return result
 
 
+def decode_once(llm: Any, length: int) -> list[int]:
+    """The five likeliest tokens after a prompt of that many tokens."""
+    from vllm import SamplingParams
+
+    prompt = {"prompt_token_ids": [(7 * i) % 251 + 1 for i in range(length)]}
+    [answer] = llm.generate([prompt], SamplingParams(temperature=0, max_tokens=1, logprobs=5), use_tqdm=False)
+    return sorted(answer.outputs[0].logprobs[0])
+
+
 def run(case: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM
 
@@ -79,7 +88,11 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
             from vllm.model_executor.layers.fused_mirage_ops import collect_reports
         except ImportError:  # stock vLLM
             return result
-        return {**result, "reports": collect_reports(llm)}
+        result["reports"] = collect_reports(llm)
+        if case.get("long"):  # one step of more tokens than any kernel takes
+            result["long_tokens"] = decode_once(llm, case["long"])
+            result["reports_after_long"] = collect_reports(llm)
+        return result
     finally:
         llm.llm_engine.engine_core.shutdown()
 

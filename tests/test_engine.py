@@ -264,15 +264,26 @@ def test_each_engine_logs_one_line(eager):
 # ---------------------------------------------------------------------------------------------- compiled, disk cache
 def test_each_switch_runs_its_own_graph_over_one_compile_cache(work, vllm_overlay, make_tiny, stock):
     """0, 1, 0, 1 over one cache folder: an undeclared switch would load the graph of the run before."""
-    loads = []
+    loads, long = [], []
     for turn, switch in enumerate("0101"):
         options = {"enforce_eager": False, "distributed_executor_backend": "uni"}
-        compiled = case("compiled", make_tiny(dtype="float32"), switch, llm=options, piecewise=True)
+        compiled = case("compiled", make_tiny(dtype="float32"), switch, llm=options, piecewise=True, long=100)
         result = run_engines(work / f"piecewise{turn}", vllm_overlay, [compiled])["compiled"]
         assert_path(result, "stock" if switch == "0" else "fused")
         assert_same_answers(result, stock["fp32"])
         loads.append("Directly load AOT compilation" in result["log"])
+        long.append(result["long_tokens"])
+        # beyond what kernels take, only the op that splits the graph is called: the others were compiled as stock's modules are
+        called = calls_between(result["reports"], result["reports_after_long"])
+        assert called == ({} if switch == "0" else {"attention.torch": len(LAYERS)})
     assert loads == [False, False, True, True]
+    assert long == [long[0]] * 4
+
+
+def calls_between(before, after):
+    """What the single worker's ops were called in between, without zeros."""
+    [before], [after] = before, after
+    return {name: count - before["calls"][name] for name, count in after["calls"].items() if count != before["calls"][name]}
 
 
 # ------------------------------------------------------------------------------------------------- several processes

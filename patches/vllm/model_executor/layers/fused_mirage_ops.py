@@ -25,7 +25,7 @@ from vllm.config import CUDAGraphMode, get_current_vllm_config_or_none
 from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank, tensor_model_parallel_all_reduce
 from vllm.distributed.utils import get_pp_indices
 from vllm.logger import init_logger
-from vllm.model_executor.layers import mirage_ops
+from vllm.model_executor.layers import mirage_compile, mirage_ops
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.layernorm import RMSNorm
@@ -299,9 +299,6 @@ class _StandIn:
         """What now stands in `proj`'s place in the layer."""
         raise NotImplementedError
 
-    def settle(self) -> None:
-        """Called once it is decided that the stand-in is used."""
-
     def in_place(self, layer: Any) -> bool:
         return self.standing(layer) is self.proj
 
@@ -390,12 +387,6 @@ class FusedAttention(_StandIn):
         self.proj = attention.attn
         self.layer_name = _encode_layer_name(attention.attn.layer_name)
 
-    def settle(self) -> None:
-        config = get_current_vllm_config_or_none()
-        splitting = config.compilation_config.splitting_ops if config is not None else None
-        if splitting and mirage_ops.SPLITTING_OP not in splitting:  # piecewise graphs stop before vLLM's attention: before ours, too
-            splitting.append(mirage_ops.SPLITTING_OP)
-
     def standing(self, layer: Any) -> Any:
         return layer.self_attn.attn
 
@@ -409,9 +400,10 @@ class FusedAttention(_StandIn):
         angles, eps = a.rotary_emb.cos_sin_cache, a.q_norm.variance_epsilon
         weights = a.q_norm.weight, a.k_norm.weight
         heads = a.num_heads, a.num_kv_heads
-        qk = torch.ops.vllm_mirage.qk_norm_rope_cache(qkv, positions, *weights, angles, eps, *heads, self.layer_name)
+        qk = torch.ops.vllm_mirage.qk_norm_rope(qkv, positions, *weights, angles, eps, *heads, self.layer_name)
+        written = torch.ops.vllm_mirage.write_cache(qkv, qk, *heads, self.layer_name)
         output = torch.empty((qkv.shape[0], a.q_size), dtype=qkv.dtype, device=qkv.device)
-        torch.ops.vllm_mirage.decode_attention(qkv, qk, positions, *weights, angles, output, eps, *heads, self.layer_name)
+        torch.ops.vllm_mirage.decode_attention(qkv, qk, written, positions, *weights, angles, output, eps, *heads, self.layer_name)
         return output
 
 
@@ -486,7 +478,7 @@ def _plan_op(op: str, name: str, layer: Any, common: str | None) -> LayerPlan:
         else:
             kernel = prepared.name
         if fused is not None:
-            fused.settle()
+            mirage_compile.settle(attention=op == "attention")
     return LayerPlan(name, op, weakref.ref(layer), fused, kernel, reason)
 
 

@@ -4,12 +4,13 @@
     norm_qkv, add_norm_qkv      RMSNorm (of hidden_states + residual) and a projection
     add_norm_gate_up_silu       the same, with SiLU·mul behind a gate-and-up projection
     linear                      a projection without bias
-    qk_norm_rope_cache          q/k RMSNorm, RoPE, KV-cache write; nothing where the next op's kernel does all of it
+    qk_norm_rope, write_cache   q/k RMSNorm and RoPE; keys and values into the KV cache: nothing where the next op's kernel does all of it
     decode_attention            that kernel, or vLLM's attention
 
 Each is opaque to torch.compile: which body runs is decided when it is called (or captured), by the number of tokens and the forward
-context.  Weights are arguments: with a layer's name instead, Inductor could not reuse one compiled piece for all layers.
-`fused_mirage_ops.py` decides which layers call them.
+context.  Where vLLM compiles for more tokens than any kernel takes, `mirage_compile.py` gives Inductor their PyTorch bodies instead.
+Weights are arguments: with a layer's name instead, Inductor could not reuse one compiled piece for all layers.  `fused_mirage_ops.py`
+decides which layers call them.
 """
 
 from typing import Any
@@ -27,7 +28,7 @@ from vllm.model_executor.layers.attention.attention import (
 from vllm.triton_utils import HAS_TRITON, tl, triton
 from vllm.utils.torch_utils import LayerNameType, _resolve_layer_name
 
-OP_SCHEMA = 2  # raise it with every change of an op's schema or fake: it is part of the compile-cache key
+OP_SCHEMA = 3  # raise it with every change of an op's schema or fake: it is part of the compile-cache key
 OPS = ("norm_qkv", "attention", "o_proj", "norm_gate_up", "down_proj")
 """What VLLM_MIRAGE_OPS names: the parts of a layer that may be fused."""
 HEAD_DIM = 128  # of the decode-attention kernel
@@ -263,7 +264,7 @@ def _linear_fake(x, weight, name):
 def _decode_kernel(qkv: torch.Tensor, num_heads: int, num_kv_heads: int, layer_name: str) -> Any:
     """The attention kernel, if it can take this step: one new token for each request, and a graph (if any) captured for such steps only.
 
-    Both attention ops ask, and both get the same answer: it depends on the forward context alone.
+    All three attention ops ask, and get the same answer: it depends on the forward context alone.
     """
     kernel = kernels.get(("decode_attention", num_heads, num_kv_heads, qkv.dtype, qkv.device))
     if kernel is None or isinstance(kernel, str) or not 0 < qkv.shape[0] <= kernel.max_tokens:
@@ -371,16 +372,19 @@ def qk_norm_rope_native(
     num_heads: int,
     num_kv_heads: int,
 ) -> torch.Tensor:
-    """The same with PyTorch's own operators, for the CPU."""
+    """The same with PyTorch's own operators, for the CPU and for Inductor."""
     tokens, head_dim = qkv.shape[0], q_weight.shape[0]
-    q, k, _ = qkv.view(tokens, -1, head_dim).split([num_heads, num_kv_heads, num_kv_heads], dim=1)
-    x = torch.cat([rms_norm_native(q, None, q_weight, eps)[0], rms_norm_native(k, None, k_weight, eps)[0]], dim=1).float()
     cos, sin = cos_sin_cache[positions].float().unsqueeze(1).chunk(2, dim=-1)  # [tokens, 1, head_dim / 2]
-    x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).to(qkv.dtype).reshape(tokens, -1)
+
+    def rotated(heads: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        low, high = rms_norm_native(heads, None, weight, eps)[0].float().chunk(2, dim=-1)
+        return torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1).to(qkv.dtype).flatten(1)
+
+    q, k, _ = qkv.view(tokens, -1, head_dim).split([num_heads, num_kv_heads, num_kv_heads], dim=1)
+    return torch.cat([rotated(q, q_weight), rotated(k, k_weight)], dim=1)
 
 
-def _qk_norm_rope_cache(
+def _qk_norm_rope(
     qkv: torch.Tensor,
     positions: torch.Tensor,
     q_weight: torch.Tensor,
@@ -391,31 +395,42 @@ def _qk_norm_rope_cache(
     num_kv_heads: int,
     layer_name: LayerNameType,
 ) -> torch.Tensor:
-    """q and k, normalised per head and rotated: [num_tokens, (heads + kv_heads)·head_dim]; k and v go into the KV cache.
+    """q and k, normalised per head and rotated: [num_tokens, (heads + kv_heads)·head_dim].
 
-    Where decode_attention will run its kernel, that does all of this: the result is then not computed and not read.
+    Where decode_attention will run its kernel, that does this: the result is then not computed and not read.
     """
-    head_dim = q_weight.shape[0]
     if _decode_kernel(qkv, num_heads, num_kv_heads, _resolve_layer_name(layer_name)) is not None:
-        return qkv.new_empty((qkv.shape[0], (num_heads + num_kv_heads) * head_dim))
+        return qkv.new_empty((qkv.shape[0], (num_heads + num_kv_heads) * q_weight.shape[0]))
     body = qk_norm_rope_triton if qkv.is_cuda and HAS_TRITON else qk_norm_rope_native
-    qk = body(qkv, positions, q_weight, k_weight, cos_sin_cache, eps, num_heads, num_kv_heads)
-    _, key, value = _views(qkv, qk, num_heads, num_kv_heads, head_dim)
-    unified_kv_cache_update(key, value, layer_name)
-    return qk
+    return body(qkv, positions, q_weight, k_weight, cos_sin_cache, eps, num_heads, num_kv_heads)
 
 
-def _qk_norm_rope_cache_fake(
-    qkv, positions, q_weight, k_weight, cos_sin_cache, eps, num_heads, num_kv_heads, layer_name
-):
+def _qk_norm_rope_fake(qkv, positions, q_weight, k_weight, cos_sin_cache, eps, num_heads, num_kv_heads, layer_name):
     return qkv.new_empty((qkv.shape[0], (num_heads + num_kv_heads) * q_weight.shape[0]))
 
 
+def _write_cache(
+    qkv: torch.Tensor, qk: torch.Tensor, num_heads: int, num_kv_heads: int, layer_name: LayerNameType
+) -> torch.Tensor:
+    """Writes the keys of qk and the values of qkv into the KV cache, unless decode_attention's kernel will.
+
+    Returns an empty tensor: an argument of decode_attention, so that the order is kept.
+    """
+    if _decode_kernel(qkv, num_heads, num_kv_heads, _resolve_layer_name(layer_name)) is None:
+        _, key, value = _views(qkv, qk, num_heads, num_kv_heads)
+        unified_kv_cache_update(key, value, layer_name)
+    return qkv.new_empty(0)
+
+
+def _write_cache_fake(qkv, qk, num_heads, num_kv_heads, layer_name):
+    return qkv.new_empty(0)
+
+
 def _views(
-    qkv: torch.Tensor, qk: torch.Tensor, num_heads: int, num_kv_heads: int, head_dim: int
+    qkv: torch.Tensor, qk: torch.Tensor, num_heads: int, num_kv_heads: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """query [num_tokens, heads, head_dim], key and value [num_tokens, kv_heads, head_dim]"""
-    tokens = qkv.shape[0]
+    tokens, head_dim = qkv.shape[0], qkv.shape[1] // (num_heads + 2 * num_kv_heads)
     query = qk[:, : num_heads * head_dim].view(tokens, num_heads, head_dim)
     key = qk[:, num_heads * head_dim :].view(tokens, num_kv_heads, head_dim)
     value = qkv[:, (num_heads + num_kv_heads) * head_dim :].view(tokens, num_kv_heads, head_dim)
@@ -425,6 +440,7 @@ def _views(
 def _decode_attention(
     qkv: torch.Tensor,
     qk: torch.Tensor,
+    written: torch.Tensor,
     positions: torch.Tensor,
     q_weight: torch.Tensor,
     k_weight: torch.Tensor,
@@ -435,7 +451,7 @@ def _decode_attention(
     num_kv_heads: int,
     layer_name: LayerNameType,
 ) -> None:
-    """Writes attention's output [num_tokens, heads·head_dim].  qk: what qk_norm_rope_cache returned for the same step.
+    """Writes attention's output [num_tokens, heads·head_dim].  qk, written: what the two ops before returned for the same step.
 
     The output is an argument, as in vLLM's own attention op: between two piecewise graphs its address must stay the same.
     """
@@ -459,19 +475,15 @@ def _decode_attention(
         )
         return
     calls["attention.torch"] += 1
-    head_dim = q_weight.shape[0]
-    query, key, value = _views(qkv, qk, num_heads, num_kv_heads, head_dim)
-    unified_attention_with_output(query, key, value, output.view(-1, num_heads, head_dim), layer_name)
+    query, key, value = _views(qkv, qk, num_heads, num_kv_heads)
+    unified_attention_with_output(query, key, value, output.view(query.shape), layer_name)
 
 
 def _decode_attention_fake(
-    qkv, qk, positions, q_weight, k_weight, cos_sin_cache, output, eps, num_heads, num_kv_heads, layer_name
+    qkv, qk, written, positions, q_weight, k_weight, cos_sin_cache, output, eps, num_heads, num_kv_heads, layer_name
 ):
     return None
 
-
-SPLITTING_OP = "vllm_mirage::decode_attention"
-"""To be named beside vLLM's own attention ops: piecewise graphs must not capture what depends on the kind of batch."""
 
 _library = Library("vllm_mirage", "FRAGMENT")  # the registrations live as long as this object
 for _name, _body, _fake, _mutates in (
@@ -479,7 +491,8 @@ for _name, _body, _fake, _mutates in (
     ("add_norm_qkv", _add_norm_qkv, _add_norm_qkv_fake, ()),
     ("add_norm_gate_up_silu", _add_norm_gate_up_silu, _add_norm_gate_up_silu_fake, ()),
     ("linear", _linear, _linear_fake, ()),
-    ("qk_norm_rope_cache", _qk_norm_rope_cache, _qk_norm_rope_cache_fake, ()),
+    ("qk_norm_rope", _qk_norm_rope, _qk_norm_rope_fake, ()),
+    ("write_cache", _write_cache, _write_cache_fake, ()),
     ("decode_attention", _decode_attention, _decode_attention_fake, ("output",)),
 ):
     _library.define(_name + infer_schema(_body, mutates_args=_mutates))

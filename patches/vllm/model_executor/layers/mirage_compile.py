@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How vLLM compiles the fused path: where its graphs are split, and what runs beyond the kernels.
+
+vLLM compiles a model once for each range of token counts.  One range is made to end where the kernels do.  Beyond it the ops are
+replaced by their PyTorch bodies before Inductor lowers the graph: the same kernels as stock vLLM's, at the same cost, and no call of
+Python in between.  Where there are no ranges (eager mode) the ops stay, and run those bodies by themselves.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+from torch._inductor.pattern_matcher import CallFunctionVarArgs, Match, PatternMatcherPass, register_graph_pattern
+from vllm.compilation.passes.inductor_pass import InductorPass
+from vllm.config import get_current_vllm_config_or_none
+from vllm.model_executor.layers.mirage_ops import qk_norm_rope_native, rms_norm_native, silu_and_mul_native
+from vllm.platforms import current_platform
+
+SMALL_BATCH = 64  # tokens; no kernel takes more
+SPLITTING_OP = "vllm_mirage::decode_attention"
+"""Named beside vLLM's own attention ops: piecewise graphs must not capture what depends on the kind of batch."""
+
+
+def norm_qkv(hidden_states, norm_weight, qkv_weight, eps):
+    return F.linear(rms_norm_native(hidden_states, None, norm_weight, eps)[0], qkv_weight)
+
+
+def add_norm_qkv(hidden_states, residual, norm_weight, qkv_weight, eps):
+    normed, residual = rms_norm_native(hidden_states, residual, norm_weight, eps)
+    return F.linear(normed, qkv_weight), residual
+
+
+def add_norm_gate_up_silu(hidden_states, residual, norm_weight, gate_up_weight, eps):
+    gate_up, residual = add_norm_qkv(hidden_states, residual, norm_weight, gate_up_weight, eps)
+    return silu_and_mul_native(gate_up), residual
+
+
+def linear(x, weight, name):
+    return F.linear(x, weight)
+
+
+def qk_norm_rope(qkv, positions, q_weight, k_weight, cos_sin_cache, eps, num_heads, num_kv_heads, layer_name):
+    return qk_norm_rope_native(qkv, positions, q_weight, k_weight, cos_sin_cache, eps, num_heads, num_kv_heads)
+
+
+BODIES: dict[Any, Callable[..., Any]] = {
+    getattr(torch.ops.vllm_mirage, body.__name__).default: body
+    for body in (norm_qkv, add_norm_qkv, add_norm_gate_up_silu, linear, qk_norm_rope)
+}
+
+
+class LargeBatches(InductorPass):
+    """Replaces the ops by their bodies in graphs for more than SMALL_BATCH tokens."""
+
+    def is_applicable_for_range(self, compile_range: Any) -> bool:
+        return compile_range.start > SMALL_BATCH
+
+    def uuid(self) -> str:
+        return InductorPass.hash_source(self, *BODIES.values(), qk_norm_rope_native, rms_norm_native, silu_and_mul_native)
+
+    def __call__(self, graph: fx.Graph) -> None:
+        patterns = PatternMatcherPass("mirage_large_batches")
+        register_graph_pattern(CallFunctionVarArgs(list(BODIES)), pass_dict=patterns)(self._replace)
+        patterns.apply(graph)
+
+    @staticmethod
+    def _replace(match: Match, *_: Any, **__: Any) -> None:
+        [node] = match.nodes
+        body, given = BODIES[node.target], node.args
+        # tensors are traced; numbers and names are constants of the body, which ignores the names
+        at = [i for i, value in enumerate(given) if isinstance(value, fx.Node) and isinstance(value.meta["val"], torch.Tensor)]
+
+        def traced(*tensors: torch.Tensor) -> Any:
+            arguments = list(given)
+            for i, tensor in zip(at, tensors, strict=True):
+                arguments[i] = tensor
+            return body(*arguments)
+
+        match.replace_by_example(traced, [given[i] for i in at])
+
+
+def settle(attention: bool) -> None:
+    """Makes the compilation of the engine that is being built fit our ops.  Repeating it changes nothing."""
+    config = get_current_vllm_config_or_none()
+    if config is None:
+        return
+    compilation = config.compilation_config
+    if attention and compilation.splitting_ops and SPLITTING_OP not in compilation.splitting_ops:
+        compilation.splitting_ops.append(SPLITTING_OP)
+    ends, passes = getattr(compilation, "compile_ranges_endpoints", None), compilation.inductor_compile_config
+    if ends and max(ends) > SMALL_BATCH and current_platform.pass_key not in passes:  # a user's own pass keeps its place
+        compilation.compile_ranges_endpoints = sorted({*ends, SMALL_BATCH})
+        passes[current_platform.pass_key] = LargeBatches()
