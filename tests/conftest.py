@@ -21,6 +21,7 @@ PATCHES = REPOSITORY / "patches" / "vllm"
 OURS = (
     "model_executor/layers/fused_mirage_ops.py",
     "model_executor/layers/mirage_ops.py",
+    "model_executor/layers/mirage_compile.py",
     "model_executor/layers/mirage_kernels",
     ".mirage_overlay.json",
 )

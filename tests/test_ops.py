@@ -378,9 +378,10 @@ def step(ops, use):
 def run_attention(step):
     """(q and k as the first op returns them, attention's output)"""
     tail = (EPS, HEADS, KV_HEADS, NAME)
-    qk = torch.ops.vllm_mirage.qk_norm_rope_cache(step.qkv, *step.norm_and_rotation, *tail)
+    qk = torch.ops.vllm_mirage.qk_norm_rope(step.qkv, *step.norm_and_rotation, *tail)
+    written = torch.ops.vllm_mirage.write_cache(step.qkv, qk, *tail[1:])
     output = torch.zeros(step.qkv.shape[0], HEADS * HEAD_DIM, dtype=torch.bfloat16)
-    torch.ops.vllm_mirage.decode_attention(step.qkv, qk, *step.norm_and_rotation, output, *tail)
+    torch.ops.vllm_mirage.decode_attention(step.qkv, qk, written, *step.norm_and_rotation, output, *tail)
     return qk, output
 
 
@@ -464,9 +465,10 @@ def test_attention_fakes_have_the_shapes_of_the_results(ops, step):
     tail = (EPS, HEADS, KV_HEADS, NAME)
     with FakeTensorMode() as mode:
         given = list(map(mode.from_tensor, (step.qkv, *step.norm_and_rotation)))
-        fake = torch.ops.vllm_mirage.qk_norm_rope_cache(*given, *tail)
+        fake = torch.ops.vllm_mirage.qk_norm_rope(*given, *tail)
+        written = torch.ops.vllm_mirage.write_cache(given[0], fake, *tail[1:])
         output = torch.empty(TOKENS, HEADS * HEAD_DIM)
-        torch.ops.vllm_mirage.decode_attention(given[0], fake, *given[1:], output, *tail)
+        torch.ops.vllm_mirage.decode_attention(given[0], fake, written, *given[1:], output, *tail)
     real, _ = run_attention(step)
     assert (fake.shape, fake.stride(), fake.dtype) == (real.shape, real.stride(), real.dtype)
 
@@ -476,11 +478,66 @@ def test_attention_ops_keep_torchs_contract(ops, step, takes):
     step.metadata.max_query_len = 1 if takes else 2
     tail = (EPS, HEADS, KV_HEADS, NAME)
     checks = ("test_schema", "test_faketensor")
-    qk = torch.ops.vllm_mirage.qk_norm_rope_cache(step.qkv, *step.norm_and_rotation, *tail)
+    qk = torch.ops.vllm_mirage.qk_norm_rope(step.qkv, *step.norm_and_rotation, *tail)
     output = torch.zeros(TOKENS, HEADS * HEAD_DIM, dtype=torch.bfloat16)
-    attention = (step.qkv, qk, *step.norm_and_rotation, output, *tail)
+    attention = (step.qkv, qk, qk.new_empty(0), *step.norm_and_rotation, output, *tail)
     torch.library.opcheck(torch.ops.vllm_mirage.decode_attention, attention, test_utils=checks)
-    torch.library.opcheck(torch.ops.vllm_mirage.qk_norm_rope_cache, (step.qkv, *step.norm_and_rotation, *tail), test_utils=checks[1:])
+    torch.library.opcheck(torch.ops.vllm_mirage.qk_norm_rope, (step.qkv, *step.norm_and_rotation, *tail), test_utils=checks[1:])
+    torch.library.opcheck(torch.ops.vllm_mirage.write_cache, (step.qkv, qk, *tail[1:]), test_utils=checks)
+
+
+def test_the_bodies_for_large_batches_give_what_the_ops_give(ops, step):
+    step.metadata.max_query_len = 2  # no attention kernel
+    compiled, mirage = ops.mirage_compile, torch.ops.vllm_mirage
+    x, residual, gamma, weight = inputs(5, 64, 96, torch.bfloat16)
+    qk_arguments = (step.qkv, *step.norm_and_rotation, EPS, HEADS, KV_HEADS, NAME)
+    cases = {
+        mirage.norm_qkv.default: (x, gamma, weight, EPS),
+        mirage.add_norm_qkv.default: (x, residual, gamma, weight, EPS),
+        mirage.add_norm_gate_up_silu.default: (x, residual, gamma, weight, EPS),
+        mirage.linear.default: (x, weight, "o_proj"),
+        mirage.qk_norm_rope.default: qk_arguments,
+    }
+    assert set(cases) == set(compiled.BODIES)
+    for op, arguments in cases.items():
+        torch.testing.assert_close(compiled.BODIES[op](*arguments), op(*arguments), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("start", "replaced"), [(1, False), (65, True)])
+def test_ops_are_replaced_in_graphs_for_more_tokens_than_kernels_take(ops, start, replaced):
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    def layer(x, residual, gamma, weight):
+        qkv, residual = torch.ops.vllm_mirage.add_norm_qkv(x, residual, gamma, weight, EPS)
+        return torch.ops.vllm_mirage.linear(qkv, weight.t().contiguous(), "o_proj"), residual
+
+    arguments = inputs(70, 64, 96, torch.float32)
+    module = make_fx(layer, tracing_mode="fake")(*arguments)
+    change = ops.mirage_compile.LargeBatches()
+    assert change.is_applicable_for_range(SimpleNamespace(start=start, end=4096)) == replaced
+    if replaced:
+        with torch._inductor.virtualized.V.set_fake_mode(next(iter(module.graph.nodes)).meta["val"].fake_mode):
+            change(module.graph)
+        module.recompile()
+    left = [str(node.target) for node in module.graph.nodes if "vllm_mirage" in str(node.target)]
+    assert left == ([] if replaced else ["vllm_mirage.add_norm_qkv.default", "vllm_mirage.linear.default"])
+    for ours, expected in zip(module(*arguments), layer(*arguments), strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+def test_a_compile_range_ends_where_kernels_do_and_a_users_pass_is_kept(ops, engine_config, monkeypatch):
+    compilation = engine_config.compilation_config
+    monkeypatch.setattr(compilation, "compile_ranges_endpoints", [2048])
+    monkeypatch.setattr(compilation, "inductor_compile_config", {})
+    for _ in range(2):
+        ops.mirage_compile.settle(attention=False)
+    assert compilation.compile_ranges_endpoints == [64, 2048]
+    [added] = compilation.inductor_compile_config.values()
+    assert type(added) is ops.mirage_compile.LargeBatches and len(added.uuid()) == 64
+    monkeypatch.setattr(compilation, "compile_ranges_endpoints", [2048])
+    monkeypatch.setattr(compilation, "inductor_compile_config", {"post_grad_custom_post_pass": "the user's"})
+    ops.mirage_compile.settle(attention=False)
+    assert compilation.compile_ranges_endpoints == [2048]
 
 
 def test_heads_are_normalised_and_rotated_as_vllm_does_it(ops, use, build_layer):
@@ -841,7 +898,8 @@ def test_on_a_gpu_an_op_without_a_kernel_is_stock(ops, use, build_layer, monkeyp
     monkeypatch.setattr(ops, "current_platform", cuda)
     linear_method = build_layer(layer_class()).mlp.down_proj.quant_method
     monkeypatch.setattr(ops, "default_unquantized_gemm", getattr(linear_method, "_gemm_impl", None))
-    assert build_layer(layer_class()).fused == {}
+    layer = build_layer(layer_class())  # a report tells of living layers alone
+    assert layer.fused == {}
     report = {entry["op"]: entry for entry in ops.mirage_report()["layers"]}
     assert {entry["path"] for entry in report.values()} == {"stock"}
     assert all(report[op]["reason"].startswith("no kernel: ") for op in GEMM_OPS)
@@ -902,7 +960,8 @@ def test_a_subclass_with_its_own_forward_takes_the_stock_path(ops, use, build_la
     class Plain(base):
         pass
 
-    assert build_layer(Eagle).fused == {}
+    eagle = build_layer(Eagle)
+    assert eagle.fused == {}
     assert "Eagle has a forward of its own" in ops.mirage_report()["layers"][0]["reason"]
     assert set(build_layer(Plain).fused) == set(ops.OPS)
 

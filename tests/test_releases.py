@@ -22,7 +22,8 @@ PATCHES = REPOSITORY / "patches" / "vllm"
 QWEN3 = "model_executor/models/qwen3.py"
 ATTENTION = "model_executor/layers/attention/attention.py"
 FLASH = "v1/attention/backends/flash_attn.py"
-OURS = (QWEN3, "model_executor/layers/fused_mirage_ops.py", "model_executor/layers/mirage_ops.py")
+LAYERS = "model_executor/layers/"
+OURS = (QWEN3, *(f"{LAYERS}{name}.py" for name in ("fused_mirage_ops", "mirage_ops", "mirage_compile")))
 STOCK_SHA256 = {
     "0.26.0": "44b1ebbb85a9701cdf754af554af2952f3a9a25d94da219d8ecfd0b7b01dda21",
     "0.33.0": "06bee457e1278cecc3d0745f45c44b4711243330e8c2c19d5c732625b67f1374",
@@ -232,11 +233,13 @@ def test_every_vllm_name_our_files_import_exists(release, ours):
     for node in ast.walk(tree(PATCHES / ours)):
         if not isinstance(node, ast.ImportFrom) or node.level or not node.module or not node.module.startswith("vllm"):
             continue
+        if node.module == "vllm.model_executor.layers.mirage_ops":
+            continue  # ours
         file = module_file(release, node.module)
         assert file is not None, f"{node.module} is not in vLLM {version_of(release)}"
         for alias in node.names:
             submodule = module_file(release, f"{node.module}.{alias.name}")
-            own = alias.name in ("fused_mirage_ops", "mirage_ops", "mirage_kernels")
+            own = alias.name in ("fused_mirage_ops", "mirage_compile", "mirage_ops", "mirage_kernels")
             assert own or submodule or alias.name in bound_names(release, file), f"{node.module} has no {alias.name}"
             checked += 1
     assert checked
@@ -267,6 +270,7 @@ USED_ATTRIBUTES = [
     ("forward_context.py", "ForwardContext", {"attn_metadata", "slot_mapping", "cudagraph_runtime_mode"}),
     ("config/vllm.py", "VllmConfig", {"lora_config", "compilation_config", "parallel_config", "kv_transfer_config"}),
     ("config/compilation.py", "CompilationConfig", {"pass_config", "splitting_ops", "cudagraph_mode", "use_inductor_graph_partition"}),
+    ("config/compilation.py", "CompilationConfig", {"compile_ranges_endpoints", "inductor_compile_config"}),
     ("config/compilation.py", "PassConfig", {"fuse_allreduce_rms", "fuse_attn_quant"}),
     ("config/lora.py", "LoRAConfig", {"target_modules"}),
     ("platforms/interface.py", "Platform", {"device_name"}),
@@ -318,9 +322,12 @@ STOCK_CACHE = "key_cache, value_cache = kv_cache.transpose(1, 2).split(self.head
 
 
 def test_what_our_ops_restate_is_unchanged(release):
-    """The MLP, and the names of FlashAttention's cache dimensions."""
+    """The MLP, the names of FlashAttention's cache dimensions, and what an Inductor pass of ours overrides."""
     assert ast.unparse(method(find_class(release, "model_executor/models/qwen2.py", "Qwen2MLP"), "forward")) == STOCK_MLP
     assert STOCK_CACHE in ast.unparse(method(find_class(release, FLASH, "FlashAttentionImpl"), "do_kv_cache_update"))
+    inductor_pass = find_class(release, "compilation/passes/inductor_pass.py", "InductorPass")
+    defined = {node.name for node in inductor_pass.body if isinstance(node, ast.FunctionDef)}
+    assert {"uuid", "is_applicable_for_range", "hash_source"} <= defined
 
 
 def test_declared_variables_reach_the_compile_cache_key(release):
