@@ -526,9 +526,14 @@ def test_ops_are_replaced_in_graphs_for_more_tokens_than_kernels_take(ops, start
 
 
 def test_a_compile_range_ends_where_kernels_do_and_a_users_pass_is_kept(ops, engine_config, monkeypatch):
+    from vllm.config import CompilationMode
+
     compilation = engine_config.compilation_config
     monkeypatch.setattr(compilation, "compile_ranges_endpoints", [2048])
     monkeypatch.setattr(compilation, "inductor_compile_config", {})
+    ops.mirage_compile.settle(attention=False)
+    assert compilation.compile_ranges_endpoints == [2048]  # eager
+    monkeypatch.setattr(compilation, "mode", CompilationMode.VLLM_COMPILE)
     for _ in range(2):
         ops.mirage_compile.settle(attention=False)
     assert compilation.compile_ranges_endpoints == [64, 2048]

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import fx
 from torch._inductor.pattern_matcher import CallFunctionVarArgs, Match, PatternMatcherPass, register_graph_pattern
 from vllm.compilation.passes.inductor_pass import InductorPass
-from vllm.config import get_current_vllm_config_or_none
+from vllm.config import CompilationMode, get_current_vllm_config_or_none
 from vllm.model_executor.layers.mirage_ops import qk_norm_rope_native, rms_norm_native, silu_and_mul_native
 from vllm.platforms import current_platform
 
@@ -89,6 +89,8 @@ def settle(attention: bool) -> None:
     compilation = config.compilation_config
     if attention and compilation.splitting_ops and SPLITTING_OP not in compilation.splitting_ops:
         compilation.splitting_ops.append(SPLITTING_OP)
+    if compilation.mode != CompilationMode.VLLM_COMPILE:  # no ranges
+        return
     ends, passes = getattr(compilation, "compile_ranges_endpoints", None), compilation.inductor_compile_config
     if ends and max(ends) > SMALL_BATCH and current_platform.pass_key not in passes:  # a user's own pass keeps its place
         compilation.compile_ranges_endpoints = sorted({*ends, SMALL_BATCH})
