@@ -523,14 +523,14 @@ def _why_not_layer(layer: Any, forward: Any, attention_class: type, mlp_class: t
 def mirage_report() -> dict[str, Any]:
     """What runs in this process, ready for JSON.
 
-    layers: one entry for each op of each living decoder layer of the Qwen3 model built last on this rank.  calls: how often each body
+    layers: one entry for each op of each decoder layer of the dense Qwen3 model built last on this rank.  calls: how often each body
     of an op ran in Python since that model was begun (a replayed CUDA graph counts once, when it is captured).
     """
     return {
         "switch": mirage_switch(),
         "overlay_version": OVERLAY_VERSION,
         "rank": torch.distributed.get_rank() if torch.distributed.is_initialized() else 0,
-        "layers": [plan.report() for plan in _plans.values() if plan.layer() is not None],
+        "layers": [plan.report() for plan in _plans.values()],
         "kernels": [_describe(key, kernel) for key, kernel in mirage_ops.kernels.items()],
         "calls": dict(mirage_ops.calls),
     }
