@@ -262,6 +262,7 @@ def test_attention_has_measured_plans_or_the_heuristics(monkeypatch, tmp_path):
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
     found = plans.attention_plans_for(16, 8, "sm_90")
     assert not isinstance(found, str) and all(isinstance(entry, plans.AttentionPlan) for entry in found)
+    assert [entry.max_num_tokens for entry in plans.attention_plans_for(20, 4, "sm_90")] == [1, 2, 4]
     unmeasured = plans.attention_plans_for(40, 8, "sm_90")
     assert [(entry.max_num_tokens, entry.cluster, entry.warps) for entry in unmeasured] == [
         (1, 8, 8), (2, 8, 8), (4, 4, 8), (8, 2, 8), (16, 1, 8), (32, 1, 4),

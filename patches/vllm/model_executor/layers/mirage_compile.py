@@ -15,8 +15,11 @@ from torch import fx
 from torch._inductor.pattern_matcher import CallFunctionVarArgs, Match, PatternMatcherPass, register_graph_pattern
 from vllm.compilation.passes.inductor_pass import InductorPass
 from vllm.config import CompilationMode, get_current_vllm_config_or_none
+from vllm.logger import init_logger
 from vllm.model_executor.layers.mirage_ops import qk_norm_rope_native, rms_norm_native, silu_and_mul_native
 from vllm.platforms import current_platform
+
+logger = init_logger(__name__)
 
 SMALL_BATCH = 64  # tokens; no kernel takes more
 SPLITTING_OP = "vllm_mirage::decode_attention"
@@ -78,7 +81,10 @@ class LargeBatches(InductorPass):
                 arguments[i] = tensor
             return body(*arguments)
 
-        match.replace_by_example(traced, [given[i] for i in at])
+        try:
+            match.replace_by_example(traced, [given[i] for i in at])
+        except Exception as error:  # a torch that traces otherwise: the op stays, and runs its body by itself
+            logger.warning("Mirage: %s stays opaque in graphs for large batches (%s: %s)", node.target, type(error).__name__, error)
 
 
 def settle(attention: bool) -> None:

@@ -157,7 +157,9 @@ def attention_plans_for(heads: int, kv_heads: int, arch: str) -> list[AttentionP
     if isinstance(found, str):
         return found
     if found is None:
-        return [attention_heuristic(kv_heads, limit, arch) for limit in (1, 2, 4, 8, 16, 32)]
+        # with 4 KV heads nothing was as fast as stock for 8 requests of 8192 tokens (H200)
+        limits = (1, 2, 4, 8, 16, 32) if kv_heads >= 8 else (1, 2, 4)
+        return [attention_heuristic(kv_heads, limit, arch) for limit in limits]
     return [AttentionPlan(**entry) for entry in found]
 
 
