@@ -42,21 +42,14 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from mirage_codegen.models import LAYER_OPS, QWEN3_SIZES
+
 SCHEMA = 1
 ARMS = ("stock", "mirage")
 DEVICE = "cuda:0"
 EPS = 1e-6  # rms_norm_eps of every Qwen3
-QWEN3_SIZES = {  # name: (hidden, intermediate, layers, q heads, kv heads, tied lm_head); head_dim is 128
-    "0.6B": (1024, 3072, 28, 16, 8, True),
-    "1.7B": (2048, 6144, 28, 16, 8, True),
-    "4B": (2560, 9728, 36, 32, 8, True),
-    "8B": (4096, 12288, 36, 32, 8, False),
-    "14B": (5120, 17408, 40, 40, 8, False),
-    "32B": (5120, 25600, 64, 64, 8, False),
-}
 TINY_MODELS = ("tiny", "tiny-0.6b")
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes of one element
-KERNEL_OPS = ("norm_qkv", "attention", "o_proj", "norm_gate_up", "down_proj")
 CONTEXT = 256  # kernel: cached tokens of each request that attention reads
 PREFILL = (8, 2048)  # step: prompts prefilled in one step, and their length
 MIXED = (32, 96)  # step: requests that decode, and prompt tokens prefilled in the same step: 128 tokens, a captured size
@@ -419,16 +412,11 @@ class Bench:
         except ImportError as error:
             return {"reason": f"no kernels are installed ({error})"}
         layer = importlib.import_module("mirage_codegen.layer")
-        shape, device, dtype = layer.MODELS[size], torch.device(DEVICE), torch.bfloat16
+        shape, device = layer.MODELS[size], torch.device(DEVICE)
         # a kernel that overlaps with its own last run starts on a GPU that is half its own: that is a second column
         sides: dict[str, Any] = {"stock": None}
         for side, overlap in (("mirage", False), ("overlapping", True)):
-            if op == "attention":
-                heads = {"heads": shape.heads, "kv_heads": shape.kv_heads}
-                found = kernels.prepare_attention(**heads, dtype=dtype, device=device, overlap=overlap)
-            else:
-                kind, k, n = shape.gemm(op)
-                found = kernels.prepare(kind, k=k, n=n, dtype=dtype, device=device, overlap=overlap)
+            found = shape.prepare(op, device, overlap=overlap, package=kernels)
             if isinstance(found, str):
                 return {"reason": found}
             if batch > found.max_tokens:
@@ -856,7 +844,7 @@ def run_kernel(options: argparse.Namespace, scratch: Path, result: dict[str, Any
     try:
         bandwidth = worker.call("copy_bandwidth")
         result["floor"] = {"copy_bandwidth_bytes_per_s": bandwidth}
-        for size, op, batch in itertools.product(sizes, KERNEL_OPS, options.batch_sizes):
+        for size, op, batch in itertools.product(sizes, LAYER_OPS, options.batch_sizes):
             screen.status(f"{op}, Qwen3-{size}, {batch} tokens")
             counts = {"rounds": options.num_iterations, "warmup": options.num_warmup, "seed": options.seed}
             try:

@@ -674,7 +674,10 @@ def run_test(args: argparse.Namespace) -> int:
     if gpus and args.tensor_parallel_size > gpus:
         raise BadInput(f"--tensor-parallel-size is {args.tensor_parallel_size}, but this machine has {gpus} GPUs.")
     spec = engine_spec(args, gpus)
-    switch = "strict" if os.environ.get("VLLM_USE_MIRAGE") == "strict" else "1"
+    asked = os.environ.get("VLLM_USE_MIRAGE", "1")
+    if asked not in ("0", "1", "strict"):
+        raise BadInput(f"VLLM_USE_MIRAGE={asked!r} was found, but 0, 1 or strict was expected: export VLLM_USE_MIRAGE=1.")
+    switch = "strict" if asked == "strict" else "1"
     mode = "eager" if spec["llm"]["enforce_eager"] else "compiled"
     say(f"Model {spec['llm']['model']}, dtype {spec['llm']['dtype']}, {mode}, {len(spec['prompts'])} prompts", "bold")
     with tempfile.TemporaryDirectory(prefix="mirage-test-") as folder:

@@ -49,6 +49,12 @@ def own(arguments: argparse.Namespace) -> int:
     return own_kernel.run(arguments)
 
 
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1, found {text!r}")
+    return int(text)
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(prog="python -m mirage_codegen", description="Fused ops as Mirage μGraphs, lowered to CUDA.")
@@ -61,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
     models = "such as 0.6B, or 8B/2 for one of two tensor-parallel ranks (default: Qwen3 0.6B to 32B on one GPU, about a minute each)"
     command.add_argument("--models", nargs="*", metavar="NAME", help=models)
     candidates = "plans tried for each op, schedule and token limit (default: 16)"
-    command.add_argument("--candidates", type=int, default=16, metavar="N", help=candidates)
+    command.add_argument("--candidates", type=_positive, default=16, metavar="N", help=candidates)
     output = "the plan table to update (default: this user's, which wins over the shipped one)"
     command.add_argument("--output", metavar="FILE", help=output)
     command.set_defaults(function=tune)

@@ -19,12 +19,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from mirage_codegen.models import LAYER_OPS as OPS
+from mirage_codegen.models import QWEN3_SIZES
+
 sys.path.insert(0, str(Path(__file__).parent.parent / "patches/vllm/model_executor/layers"))
+import mirage_kernels
 from mirage_kernels import plans
 
 EPS, PAGE, HEAD_DIM = 1e-6, 16, plans.HEAD_DIM
 GEMMS = ("norm_qkv", "o_proj", "norm_gate_up", "down_proj")
-OPS = ("norm_qkv", "attention", "o_proj", "norm_gate_up", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -49,19 +52,19 @@ class LayerShape:
             "down_proj": ("linear", self.intermediate, self.hidden),
         }[op]
 
+    def prepare(self, op: str, device: torch.device, package: Any = mirage_kernels, **how: Any) -> Any:
+        """The bf16 kernel of an op, or a sentence why there is none.  package: mirage_kernels, wherever it was imported from."""
+        if op == "attention":
+            return package.prepare_attention(heads=self.heads, kv_heads=self.kv_heads, dtype=torch.bfloat16, device=device, **how)
+        kind, k, n = self.gemm(op)
+        return package.prepare(kind, k=k, n=n, dtype=torch.bfloat16, device=device, **how)
+
     def weight_bytes(self) -> int:
         """Bytes of the layer's four weights in a 16-bit dtype."""
         return sum(2 * plans.GEMM_OPS[kind].weights * k * n for kind, k, n in map(self.gemm, GEMMS))
 
 
-MODELS = {  # transformers' Qwen3Config
-    "0.6B": LayerShape(1024, 16, 8, 3072),
-    "1.7B": LayerShape(2048, 16, 8, 6144),
-    "4B": LayerShape(2560, 32, 8, 9728),
-    "8B": LayerShape(4096, 32, 8, 12288),
-    "14B": LayerShape(5120, 40, 8, 17408),
-    "32B": LayerShape(5120, 64, 8, 25600),
-}
+MODELS = {name: LayerShape(size.hidden, size.heads, size.kv_heads, size.intermediate) for name, size in QWEN3_SIZES.items()}
 
 
 def any_tokens(x: torch.Tensor) -> torch.Tensor:

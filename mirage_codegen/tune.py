@@ -10,27 +10,28 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mirage_codegen.layer import GEMMS, HEAD_DIM, MODELS, OPS, LayerShape, Step, relative_error
+from mirage_codegen.layer import GEMMS, MODELS, OPS, LayerShape, Step, relative_error
 
-from mirage_kernels import plans, prepare, prepare_attention  # isort: skip  (layer.py puts it on the path)
+from mirage_kernels import plans  # isort: skip  (layer.py puts it on the path)
 from mirage_kernels.compiler import Build, CompileError, CubinCache  # isort: skip
 
 LIMITS = (1, 8, 16, 32)
 ATTENTION_LIMITS = (1, 2, 4, 8, 16, 32, 64)
 CONTEXT = 256  # tokens of each request while plans are chosen
 LONG_CONTEXT = 8192  # where attention must not lose either
-WORTH = 1.01  # a kernel must make the step this much faster to enter the table
+WORTH = 1.005  # a kernel must make the step this much faster to enter the table
 AGAIN = 6  # candidates of an op that are measured again once the other ops have changed
 
 
@@ -40,13 +41,32 @@ def known_shapes() -> dict[str, LayerShape]:
     return {**MODELS, **named}
 
 
-def gemm_candidates(kind: str, k: int, n: int, limit: int, count: int) -> list[plans.Plan]:
+@dataclass(frozen=True)
+class Gpu:
+    """The GPU that is tuned for."""
+
+    device: torch.device
+    arch: str
+    multiprocessors: int
+
+    @staticmethod
+    def current() -> Gpu:
+        """RuntimeError without one."""
+        if not torch.cuda.is_available():
+            raise RuntimeError("tuning measures on the GPU and there is none here; the shipped plan table needs no tuning.")
+        device = torch.device("cuda", torch.cuda.current_device())
+        found = torch.cuda.get_device_properties(device)
+        return Gpu(device, f"sm_{found.major}{found.minor}", found.multi_processor_count)
+
+
+def gemm_candidates(kind: str, k: int, n: int, limit: int, count: int, gpu: Gpu) -> list[plans.Plan]:
     """The most promising plans, the same number of each schedule; of each (cluster, warps, room for the next kernel) the best few."""
     chosen: list[plans.Plan] = []
     for schedule in plans.GEMM_OPS[kind].sources:
         if schedule == "fused" and limit > 16:
             continue  # measured: 32 tokens normalised by every block never win
-        ranked = sorted(plans.candidates(kind, k, n, limit, schedule), key=lambda plan: plans.distance(kind, plan, k, n))
+        found = plans.candidates(kind, k, n, limit, schedule, gpu.multiprocessors, gpu.arch)
+        ranked = sorted(found, key=lambda plan: plans.distance(kind, plan, k, n, gpu.multiprocessors))
         seen: dict[tuple, int] = {}
         kept = []
         for plan in ranked:
@@ -58,56 +78,64 @@ def gemm_candidates(kind: str, k: int, n: int, limit: int, count: int) -> list[p
     return chosen
 
 
-def attention_candidates(shape: LayerShape, limit: int, multiprocessors: int = 132) -> Iterator[plans.AttentionPlan]:
+def attention_candidates(shape: LayerShape, limit: int, gpu: Gpu) -> Iterator[plans.AttentionPlan]:
     """Clusters and warps: up to four blocks for each multiprocessor."""
-    group = shape.heads // shape.kv_heads
     for cluster in (1, 2, 4, 8):
-        for warps in (2, 4, 8):
-            pairs_divide = group * HEAD_DIM // 2 % cluster == 0
-            if pairs_divide and (cluster == 1 or limit * shape.kv_heads * cluster <= 4 * multiprocessors):
-                yield plans.AttentionPlan(limit, cluster, warps)
+        fills = limit * shape.kv_heads * cluster <= 4 * gpu.multiprocessors
+        if cluster == 1 or (fills and cluster <= plans.largest_cluster(gpu.arch)):
+            yield from (plans.AttentionPlan(limit, cluster, warps) for warps in (2, 4, 8))
+
+
+class Check:
+    """Holds kernels against float64 on the inputs of one step."""
+
+    def __init__(self, step: Step):
+        self.step = step
+        self.exact: dict[str, tuple[torch.Tensor, float]] = {}  # outputs in float64, and the stock path's error
+
+    def wrong(self, op: str, kernel: Any) -> str | None:
+        """How the kernel errs more than the stock path does, or None."""
+        if op not in self.exact:
+            exact = self.step.exact(op)
+            self.exact[op] = exact, relative_error(self.step.run(op, None, 0), exact)
+        exact, allowed = self.exact[op]
+        error = relative_error(self.step.run(op, kernel, 0), exact)
+        return None if error <= 1.1 * allowed else f"it errs {error:.2e}, stock {allowed:.2e}"
 
 
 class Tuner:
     """One layer shape at one token limit."""
 
-    def __init__(self, shape: LayerShape, limit: int, device: torch.device, count: int, known: dict[str, Any]):
-        self.shape, self.limit, self.device, self.count = shape, limit, device, count
-        self.step = Step(shape, limit, CONTEXT, device)
+    def __init__(self, shape: LayerShape, limit: int, gpu: Gpu, count: int, known: dict[str, Any]):
+        self.shape, self.limit, self.gpu, self.count = shape, limit, gpu, count
+        self.step = Step(shape, limit, CONTEXT, gpu.device)
         self.kernels: dict[str, Any] = dict.fromkeys(OPS)
         self.plan: dict[str, Any] = dict.fromkeys(OPS)
         self.known = known  # plans of the limit below: good candidates here
         self.ranked: dict[str, list[tuple[float, Any]]] = {}
-        self.exact: dict[str, tuple[torch.Tensor, float]] = {}  # outputs in float64, and the stock path's error
+        self.check = Check(self.step)
         self.stock = self.step.time_us(self.kernels)
         self.best = self.stock
 
     def candidates(self, op: str) -> list[Any]:
         if op == "attention":
-            return list(attention_candidates(self.shape, self.limit))
+            return list(attention_candidates(self.shape, self.limit, self.gpu))
         kind, k, n = self.shape.gemm(op)
-        found = gemm_candidates(kind, k, n, self.limit, self.count)
+        found = gemm_candidates(kind, k, n, self.limit, self.count, self.gpu)
         inherited = self.known.get(op)
         if inherited is not None and plans.round_up(inherited.max_num_tokens, 8) == plans.round_up(self.limit, 8):
             found.append(replace(inherited, max_num_tokens=self.limit))
         return list(dict.fromkeys(found))
-
-    def prepare(self, op: str, plan: Any) -> Any:
-        if op == "attention":
-            shape = {"heads": self.shape.heads, "kv_heads": self.shape.kv_heads}
-            return prepare_attention(**shape, dtype=torch.bfloat16, device=self.device, plans=[plan])
-        kind, k, n = self.shape.gemm(op)
-        return prepare(kind, k=k, n=n, dtype=torch.bfloat16, device=self.device, plans=[plan])
 
     def tune(self, op: str, candidates: list[Any]) -> None:
         """Keeps the plan of `op` that makes the step fastest, or the stock path."""
         timed = []
         baseline = self.step.time_us({**self.kernels, op: None})
         for plan in candidates:
-            kernel = self.prepare(op, plan)
+            kernel = self.shape.prepare(op, self.gpu.device, plans=[plan])
             if isinstance(kernel, str):
                 continue  # it needs more registers or shared memory than this GPU has
-            if problem := self.wrong(op, kernel):
+            if problem := self.check.wrong(op, kernel):
                 print(f"left out, please report it: {op} {plan}: {problem}")
                 continue
             timed.append((self.step.time_us({**self.kernels, op: kernel}, replays=5), plan, kernel))
@@ -116,7 +144,7 @@ class Tuner:
         again = [(self.step.time_us({**self.kernels, op: kernel}, replays=15), plan, kernel) for _, plan, kernel in timed[:3]]
         best = min(again, key=lambda entry: entry[0], default=None)
         self.ranked[op] = [(spent, plan) for spent, plan, _ in timed]
-        if best is not None and baseline / best[0] >= WORTH**0.5:
+        if best is not None and baseline / best[0] >= WORTH:
             self.best, self.plan[op], self.kernels[op] = best
         else:
             self.best, self.plan[op], self.kernels[op] = baseline, None, None
@@ -128,57 +156,44 @@ class Tuner:
         for op in ("norm_gate_up", "down_proj", "norm_qkv", "o_proj"):
             self.tune(op, [plan for _, plan in self.ranked[op][:AGAIN]])
 
-    def wrong(self, op: str, kernel: Any) -> str | None:
-        """How the kernel errs more than the stock path does, against float64 on the same inputs."""
-        if op not in self.exact:
-            exact = self.step.exact(op)
-            self.exact[op] = exact, relative_error(self.step.run(op, None, 0), exact)
-        exact, allowed = self.exact[op]
-        error = relative_error(self.step.run(op, kernel, 0), exact)
-        return None if error <= 1.1 * allowed else f"it errs {error:.2e}, stock {allowed:.2e}"
 
-
-def compile_all(shapes: list[LayerShape], limits: tuple[int, ...], arch: str, count: int) -> None:
+def compile_all(shapes: list[LayerShape], gpu: Gpu, count: int) -> None:
     """Compiles every candidate in parallel, before anything is measured."""
     wanted: set[tuple[str, tuple[tuple[str, int], ...]]] = set()
     for shape in shapes:
-        for limit in limits:
-            for op in GEMMS:
-                kind, k, n = shape.gemm(op)
-                for plan in gemm_candidates(kind, k, n, limit, count):
-                    for variant in plans.GEMM_OPS[kind].sources[plan.schedule]:
-                        for name in variant:
-                            macros = plans.row_defines(k) if name in ("rms_norm", "rms_norm_first") else plan.defines(k, n)
-                            wanted.add((name, tuple(sorted(macros.items()))))
+        for limit, op in itertools.product(LIMITS, GEMMS):
+            kind, k, n = shape.gemm(op)
+            for plan in gemm_candidates(kind, k, n, limit, count, gpu):
+                for name in itertools.chain(*plans.GEMM_OPS[kind].sources[plan.schedule]):
+                    wanted.add((name, tuple(sorted(plans.source_defines(name, plan, k, n).items()))))
         for limit in ATTENTION_LIMITS:
-            for plan in attention_candidates(shape, limit):
+            for plan in attention_candidates(shape, limit, gpu):
                 wanted.add(("decode_attention", tuple(sorted(plan.defines(shape.heads, shape.kv_heads).items()))))
     cache, started = CubinCache(plans.cache_folder()), time.perf_counter()
 
     def compile_one(entry: tuple[str, tuple[tuple[str, int], ...]]) -> None:
         try:
-            cache.fill(Build(f"{entry[0]}.cu", entry[1], arch))
+            cache.fill(Build(f"{entry[0]}.cu", entry[1], gpu.arch))
         except CompileError as error:
             print(f"skipped: {error}")
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(compile_one, sorted(wanted)))
-    print(f"{len(wanted)} candidates compiled for {arch} in {time.perf_counter() - started:.0f} s", flush=True)
+    print(f"{len(wanted)} candidates compiled for {gpu.arch} in {time.perf_counter() - started:.0f} s", flush=True)
 
 
-def tune_attention(shape: LayerShape, device: torch.device, kernels: dict[str, Any]) -> tuple[list[plans.AttentionPlan], list[str]]:
+def tune_attention(shape: LayerShape, gpu: Gpu, kernels: dict[str, Any]) -> tuple[list[plans.AttentionPlan], list[str]]:
     """Attention's plans by rising limit, in a step whose other ops run `kernels` where they take so many tokens."""
     found: list[plans.AttentionPlan] = []
     lines = []
     for limit in ATTENTION_LIMITS:
         others = {op: kernel if kernel is not None and limit <= kernel.max_tokens else None for op, kernel in kernels.items()}
-        steps = [Step(shape, limit, context, device, copies) for context, copies in ((CONTEXT, 0), (LONG_CONTEXT, 2))]
+        steps = [Step(shape, limit, context, gpu.device, copies) for context, copies in ((CONTEXT, 0), (LONG_CONTEXT, 2))]
         stock = [step.time_us({**others, "attention": None}) for step in steps]
-        timed = []
-        for plan in attention_candidates(shape, limit):
-            shapes = {"heads": shape.heads, "kv_heads": shape.kv_heads}
-            kernel = prepare_attention(**shapes, dtype=torch.bfloat16, device=device, plans=[plan])
-            if not isinstance(kernel, str):
+        timed, check = [], Check(steps[0])
+        for plan in attention_candidates(shape, limit, gpu):
+            kernel = shape.prepare("attention", gpu.device, plans=[plan])
+            if not isinstance(kernel, str) and not check.wrong("attention", kernel):
                 times = [step.time_us({**others, "attention": kernel}, replays=5) for step in steps]
                 timed.append((times, plan))
         # short contexts count most, among plans that lose nothing at long ones
@@ -195,14 +210,14 @@ def tune_attention(shape: LayerShape, device: torch.device, kernels: dict[str, A
     return found, lines
 
 
-def tune_shape(shape: LayerShape, device: torch.device, limits: tuple[int, ...], count: int) -> tuple[dict[str, list], list[str]]:
+def tune_shape(shape: LayerShape, gpu: Gpu, count: int) -> tuple[dict[str, list], list[str]]:
     """Plans by op of one layer shape, and a line of report for each limit."""
     found: dict[str, list] = {op: [] for op in GEMMS}
     ended: set[str] = set()
     lines: list[str] = []
     known: dict[str, Any] = {}
-    for limit in limits:
-        tuner = Tuner(shape, limit, device, count, known)
+    for limit in LIMITS:
+        tuner = Tuner(shape, limit, gpu, count, known)
         tuner.run()
         known = tuner.plan
         ratio = tuner.stock / tuner.best
@@ -214,11 +229,8 @@ def tune_shape(shape: LayerShape, device: torch.device, limits: tuple[int, ...],
                 ended.add(op)
             elif op not in ended:  # limits rise without a gap: one measured loss ends an op's kernels
                 found[op].append(plan)
-    kernels: dict[str, Any] = {}
-    for op in GEMMS:
-        kind, k, n = shape.gemm(op)
-        kernels[op] = prepare(kind, k=k, n=n, dtype=torch.bfloat16, device=device, plans=found[op]) if found[op] else None
-    found["attention"], more = tune_attention(shape, device, kernels)
+    kernels = {op: shape.prepare(op, gpu.device, plans=found[op]) if found[op] else None for op in GEMMS}
+    found["attention"], more = tune_attention(shape, gpu, kernels)
     return found, lines + more
 
 
@@ -233,29 +245,24 @@ def _short(plan: Any) -> str:
 
 def run(arguments: argparse.Namespace) -> int:
     """Tunes the models that were asked for and merges them into the table. RuntimeError without a GPU."""
-    if not torch.cuda.is_available():
-        raise RuntimeError("tuning measures on the GPU and there is none here; the shipped plan table needs no tuning.")
-    device = torch.device("cuda", torch.cuda.current_device())
-    major, minor = torch.cuda.get_device_capability(device)
-    arch = f"sm_{major}{minor}"
     known, names = known_shapes(), arguments.models or list(MODELS)
     if unknown := set(names) - set(known):
         raise ValueError(f"the models {', '.join(sorted(unknown))} are none of {', '.join(known)}.")
-    shapes = {name: known[name] for name in names}
+    shapes, gpu = {name: known[name] for name in names}, Gpu.current()
     output = Path(arguments.output) if arguments.output else plans.user_table()
     table = plans.read_table(output)
-    entries = table.setdefault(arch, {})
-    compile_all(list(shapes.values()), LIMITS, arch, arguments.candidates)
+    entries = table.setdefault(gpu.arch, {})
+    compile_all(list(shapes.values()), gpu, arguments.candidates)
     for name, shape in shapes.items():
         started = time.perf_counter()
         torch._dynamo.reset()  # the stock path is compiled for this shape's lengths, not for any
-        found, lines = tune_shape(shape, device, LIMITS, arguments.candidates)
+        found, lines = tune_shape(shape, gpu, arguments.candidates)
         for op in GEMMS:
             kind, k, n = shape.gemm(op)
             entries.setdefault(kind, {})[f"{k}x{n}"] = plans.to_table(found[op])
         entries.setdefault("decode_attention", {})[f"{shape.heads}x{shape.kv_heads}"] = plans.to_table(found["attention"])
         print("\n".join([f"{name} ({time.perf_counter() - started:.0f} s)", *lines]), flush=True)
-        entries["measured"] = f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, {datetime.date.today()}"
+        entries["measured"] = f"{torch.cuda.get_device_name(gpu.device)}, torch {torch.__version__}, {datetime.date.today()}"
         output.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         output.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
     print(f"wrote {output}")

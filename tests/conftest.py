@@ -18,13 +18,8 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PATCHES = REPOSITORY / "patches" / "vllm"
-OURS = (
-    "model_executor/layers/fused_mirage_ops.py",
-    "model_executor/layers/mirage_ops.py",
-    "model_executor/layers/mirage_compile.py",
-    "model_executor/layers/mirage_kernels",
-    ".mirage_overlay.json",
-)
+LAYERS = "model_executor/layers"
+OURS = (*(f"{LAYERS}/{path.name}" for path in (PATCHES / LAYERS).iterdir() if path.name != "__pycache__"), ".mirage_overlay.json")
 
 sys.path.insert(0, str(REPOSITORY))  # test_mirage_qwen3.py makes the tiny checkpoints
 

@@ -98,6 +98,8 @@ main() {
   local part
   parse_arguments "$@"
   cd "$root" || exit 1
+  python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null \
+    || { echo "tests/gpu.sh needs an NVIDIA GPU and torch for CUDA, and the active Python finds none." >&2 && exit 2; }
   mkdir -p "$out"
   export VLLM_NO_USAGE_STATS=1 VLLM_USE_FLASHINFER_SAMPLER=0
   for part in "${parts[@]}"; do "part_$part"; done

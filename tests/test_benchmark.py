@@ -427,9 +427,9 @@ def test_the_kernel_level_goes_on_after_a_crash_and_says_what_has_no_kernel(
     bench.finish(result)
     bench.print_report(result)
     notes = [None, "no kernel for 2 tokens", "The mirage arm failed: illegal address", None]
-    assert [line["note"] for line in result["rows"]] == notes * len(bench.KERNEL_OPS)
+    assert [line["note"] for line in result["rows"]] == notes * len(bench.LAYER_OPS)
     ratios = [line["speedup"] and line["speedup"]["ratio"] for line in result["rows"]]
-    assert ratios == [1.25, None, None, 1.25] * len(bench.KERNEL_OPS)
+    assert ratios == [1.25, None, None, 1.25] * len(bench.LAYER_OPS)
     assert result["rows"][0]["floor"] == 2.0  # µs: 8 MB at 4 TB/s
     assert "stock 1.0e-03, mirage 1.0e-03" in capsys.readouterr().out
 

@@ -297,6 +297,12 @@ def test_a_folder_that_is_no_qwen3_ends_with_2(config, says, with_overlay, tmp_p
     assert says in one_sentence(capsys)
 
 
+def test_another_value_of_the_switch_ends_with_2(with_overlay, monkeypatch, capsys):
+    monkeypatch.setenv("VLLM_USE_MIRAGE", "2")
+    assert script.main(["--model", "tiny"]) == 2
+    assert "0, 1 or strict was expected" in one_sentence(capsys)
+
+
 def test_an_empty_prompt_file_ends_with_2(with_overlay, tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("\n  \n")
     assert script.main(["--model", "tiny", "--prompts", str(tmp_path / "prompts.txt")]) == 2

@@ -30,24 +30,21 @@ class Exact:
             (2, len(step.weights), step.num_tokens, STEPS, shape.kv_heads, 128), dtype=torch.float64, device=step.device
         )
 
-    def norm(self, x, gamma):
-        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.layer.EPS) * gamma.double()
-
     def rotated(self, x, gamma, position):
         cos, sin = self.step.angles[position].double().chunk(2, -1)
-        low, high = self.norm(x, gamma).chunk(2, -1)
+        low, high = self.layer.rms_norm(x, gamma).chunk(2, -1)
         return torch.cat([low * cos - high * sin, high * cos + low * sin], -1)
 
     def __call__(self, i, stream, position):
         step, shape, weights = self.step, self.step.shape, self.weights[i]
-        qkv = (self.norm(stream, step.gammas[0]) @ weights["norm_qkv"].t()).view(step.num_tokens, -1, 128)
+        qkv = (self.layer.rms_norm(stream, step.gammas[0]) @ weights["norm_qkv"].t()).view(step.num_tokens, -1, 128)
         q, k, v = qkv.split([shape.heads, shape.kv_heads, shape.kv_heads], 1)
         self.keys[i][:, position], self.values[i][:, position] = self.rotated(k, step.head_gammas[1], position), v
         q = self.rotated(q, step.head_gammas[0], position).view(step.num_tokens, shape.kv_heads, -1, 128)
         scores = torch.einsum("mhgd,mthd->mhgt", q, self.keys[i][:, : position + 1]) * 128**-0.5
         out = torch.einsum("mhgt,mthd->mhgd", scores.softmax(-1), self.values[i][:, : position + 1])
         stream = stream + out.reshape(step.num_tokens, -1) @ weights["o_proj"].t()
-        gate, up = (self.norm(stream, step.gammas[1]) @ weights["norm_gate_up"].t()).chunk(2, -1)
+        gate, up = (self.layer.rms_norm(stream, step.gammas[1]) @ weights["norm_gate_up"].t()).chunk(2, -1)
         return stream + (torch.nn.functional.silu(gate) * up) @ weights["down_proj"].t()
 
 
@@ -62,18 +59,13 @@ def at(step, position):
 
 @pytest.mark.parametrize("num_tokens", [1, 8])
 def test_the_final_hidden_state_errs_little_more_than_stocks(num_tokens, record_property):
-    from mirage_kernels import prepare, prepare_attention
-
     from mirage_codegen import layer
 
     device, shape = torch.device("cuda", 0), layer.MODELS["0.6B"]
     fused = layer.Step(shape, num_tokens, STEPS, device, copies=LAYERS)
     stock = copy.copy(fused)
     stock.caches = [layer.Cache(shape, num_tokens, STEPS, device) for _ in range(LAYERS)]
-    kernels = {"attention": prepare_attention(heads=shape.heads, kv_heads=shape.kv_heads, dtype=torch.bfloat16, device=device)}
-    for op in layer.GEMMS:
-        kind, k, n = shape.gemm(op)
-        kernels[op] = prepare(kind, k=k, n=n, dtype=torch.bfloat16, device=device)
+    kernels = {op: shape.prepare(op, device) for op in layer.OPS}
     assert not [kernel for kernel in kernels.values() if isinstance(kernel, str)]
 
     exact = Exact(fused, layer)

@@ -270,6 +270,14 @@ def test_attention_has_measured_plans_or_the_heuristics(monkeypatch, tmp_path):
     assert "no plan is measured for sm_80" in plans.attention_plans_for(16, 8, "sm_80")
 
 
+def test_blocks_share_no_cluster_where_the_architecture_has_none():
+    for op, k, n in (("linear", 4096, 768), ("rms_norm_linear", 4096, 768), ("rms_norm_gate_up_silu", 4096, 768)):
+        assert max(plan.cluster for plan in plans.candidates(op, k, n, 8, "split")) > 1
+        assert {plan.cluster for plan in plans.candidates(op, k, n, 8, "split", arch="sm_86")} == {1}
+        assert plans.heuristic(op, k, n, 8, "sm_86").cluster == 1
+    assert plans.attention_heuristic(8, 1, "sm_86").cluster == 1
+
+
 def test_an_architecture_without_measurements_has_no_plan(monkeypatch, tmp_path):
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
     assert plans.plans_for("rms_norm_linear", 1024, 4096, "sm_80") == (

@@ -10,7 +10,7 @@ of a layer → report.  The torch ops that the stand-ins call are in `mirage_ops
     VLLM_MIRAGE_OPS   all (default), none, or a comma list of op names: the ops that may be used
 
 Nothing here owns a parameter.  The fused computation is opaque to torch.compile; inside an op a compiled kernel runs
-where one was prepared and the batch is small enough, and otherwise PyTorch at stock vLLM's cost.  On a GPU an op without
+where one was prepared and the batch is small enough, and otherwise PyTorch.  On a GPU an op without
 a kernel is not used at all: the layer's own modules run.
 """
 
@@ -474,7 +474,7 @@ def _plan_op(op: str, name: str, layer: Any, common: str | None) -> LayerPlan:
         if isinstance(prepared, str):
             reason = f"no kernel: {prepared}"
             if not current_platform.is_cpu():
-                fused = None  # stock at stock's cost; on the CPU the op runs all the same, which is how it is tested without a GPU
+                fused = None  # stock; on the CPU the op runs all the same, which is how it is tested without a GPU
         else:
             kernel = prepared.name
         if fused is not None:

@@ -2,8 +2,8 @@
 """How vLLM compiles the fused path: where its graphs are split, and what runs beyond the kernels.
 
 vLLM compiles a model once for each range of token counts.  One range is made to end where the kernels do.  Beyond it the ops are
-replaced by their PyTorch bodies before Inductor lowers the graph: the same kernels as stock vLLM's, at the same cost, and no call of
-Python in between.  Where there are no ranges (eager mode) the ops stay, and run those bodies by themselves.
+replaced by their PyTorch bodies before Inductor lowers the graph, so that it compiles them as it compiles the stock layer, and no
+call of Python remains in between.  Where there are no ranges (eager mode) the ops stay, and run those bodies by themselves.
 """
 
 from collections.abc import Callable

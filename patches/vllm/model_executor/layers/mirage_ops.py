@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The torch ops that the fused path of Qwen3 calls: kernels where one fits the call, PyTorch at stock vLLM's cost elsewhere.
+"""The torch ops that the fused path of Qwen3 calls: kernels where one fits the call, PyTorch elsewhere.
 
     norm_qkv, add_norm_qkv      RMSNorm (of hidden_states + residual) and a projection
     add_norm_gate_up_silu       the same, with SiLU·mul behind a gate-and-up projection

@@ -42,7 +42,7 @@ def prepare(
         if isinstance(found, str):
             return found
         if dtype == torch.float16:  # an unscaled product leaves fp16's range: the norm must come first
-            split = [plan if plan.schedule == "split" else heuristic(op, k, n, plan.max_num_tokens) for plan in found]
+            split = [plan if plan.schedule == "split" else heuristic(op, k, n, plan.max_num_tokens, arch) for plan in found]
             if None in split:
                 return f"no plan for float16 divides K {k} and N {n}"
             found = [plan for plan in split if plan is not None]

@@ -13,7 +13,7 @@ import torch
 
 from .arguments import ARGUMENTS
 from .compiler import Build, CubinCache
-from .plans import GEMM_OPS, AttentionPlan, Plan, cache_folder, row_defines
+from .plans import GEMM_OPS, AttentionPlan, Plan, cache_folder, source_defines
 
 logger = logging.getLogger(__name__)
 Wanted = tuple[str, dict[str, int], bool]  # source, macros, may start before its predecessor on the stream has finished
@@ -62,9 +62,8 @@ class Gemm:
             for names in GEMM_OPS[op].sources[plan.schedule]:
                 start = len(wanted)
                 for name in names:
-                    norm = name in ("rms_norm", "rms_norm_first")
                     # behind its own norm kernel a GEMM always overlaps
-                    wanted.append((name, row_defines(k) if norm else plan.defines(k, n), overlap or len(wanted) > start))
+                    wanted.append((name, source_defines(name, plan, k, n), overlap or len(wanted) > start))
                 variants.append(range(start, len(wanted)))
             shape.append(variants)
         loaded = load(wanted, dtype, device, f"{op} {k}→{n}")

@@ -114,6 +114,16 @@ def round_up(value: int, multiple: int) -> int:
     return (value + multiple - 1) // multiple * multiple
 
 
+def largest_cluster(arch: str) -> int:
+    """Blocks of a cluster at most: clusters came with sm_90."""
+    return 8 if int(arch.removeprefix("sm_")) >= 90 else 1
+
+
+def source_defines(source: str, plan: Plan, k: int, n: int) -> dict[str, int]:
+    """The macros of one kernel of an op's plan: a norm kernel is bound by the row alone."""
+    return row_defines(k) if source in ("rms_norm", "rms_norm_first") else plan.defines(k, n)
+
+
 def row_defines(k: int) -> dict[str, int]:
     """The macros of a norm kernel: a thread for each 8 neighbouring elements of the row, 1024 at most."""
     return {"MIRAGE_K": k, "MIRAGE_THREADS": min(1024, round_up(k // COLUMNS, 32))}
@@ -147,7 +157,7 @@ def plans_for(op: str, k: int, n: int, arch: str) -> list[Plan] | str:
         return found
     if found is not None:
         return [Plan(**entry) for entry in found]
-    plans = [plan for limit in (8, 16) if (plan := heuristic(op, k, n, limit)) is not None]
+    plans = [plan for limit in (8, 16) if (plan := heuristic(op, k, n, limit, arch)) is not None]
     return plans or f"no plan divides K {k} and N {n}"
 
 
@@ -164,8 +174,8 @@ def attention_plans_for(heads: int, kv_heads: int, arch: str) -> list[AttentionP
 
 
 def attention_heuristic(kv_heads: int, max_num_tokens: int, arch: str) -> AttentionPlan:
-    """A plan for heads that nobody measured: what won for 8 KV heads on an H200, a block for each of its multiprocessors."""
-    cluster = max(1, min(8, 128 // (max_num_tokens * kv_heads))) if int(arch.removeprefix("sm_")) >= 90 else 1
+    """A plan for heads that nobody measured: near what won for 8 KV heads on an H200, a block for each of its multiprocessors."""
+    cluster = max(1, min(largest_cluster(arch), 128 // (max_num_tokens * kv_heads)))
     return AttentionPlan(max_num_tokens, 1 << cluster.bit_length() - 1, 8 if max_num_tokens <= 16 else 4)
 
 
@@ -185,9 +195,12 @@ def to_table(plans: Iterable[Plan] | Iterable[AttentionPlan]) -> list[dict]:
     return [asdict(plan) for plan in plans]
 
 
-def candidates(op: str, k: int, n: int, max_num_tokens: int, schedule: str, multiprocessors: int = 132) -> Iterator[Plan]:
+def candidates(
+    op: str, k: int, n: int, max_num_tokens: int, schedule: str, multiprocessors: int = 132, arch: str = "sm_90"
+) -> Iterator[Plan]:
     """Every plan worth measuring for a shape: tiles that divide, registers and shared memory that fit, most multiprocessors busy."""
-    found = list(_fitting(op, k, n, max_num_tokens, schedule, multiprocessors))
+    fitting = _fitting(op, k, n, max_num_tokens, schedule, multiprocessors)
+    found = [plan for plan in fitting if plan.cluster <= largest_cluster(arch)]
     busy = [plan for plan in found if plan.grid * plan.cluster >= 0.72 * multiprocessors]
     if not busy and found:  # a narrow shard: as many blocks as it gives
         most = max(plan.grid * plan.cluster for plan in found)
@@ -224,7 +237,7 @@ def _fitting(op: str, k: int, n: int, max_num_tokens: int, schedule: str, multip
 
 
 def distance(op: str, plan: Plan, k: int, n: int, multiprocessors: int = 132) -> float:
-    """How far a plan is from what won on an H200: every multiprocessor busy, and some 48 KB of weights in flight on each."""
+    """How unpromising a plan looks before anybody has measured it: multiprocessors idle, far from 48 KB of weights in flight on each."""
     blocks = plan.grid * plan.cluster
     per_sm = math.ceil(blocks / multiprocessors)
     row_tiles = GEMM_OPS[op].weights * n // plan.grid // ROW_TILE
@@ -233,6 +246,6 @@ def distance(op: str, plan: Plan, k: int, n: int, multiprocessors: int = 132) ->
     return 4 * idle + 0.3 * math.log2(plan.cluster) + 0.2 * abs(math.log2(in_flight / 49152)) + 0.1 * (plan.prefetch > 0)
 
 
-def heuristic(op: str, k: int, n: int, max_num_tokens: int) -> Plan | None:
+def heuristic(op: str, k: int, n: int, max_num_tokens: int, arch: str = "sm_90") -> Plan | None:
     """A plan for a shape that nobody measured."""
-    return min(candidates(op, k, n, max_num_tokens, "split"), key=lambda plan: distance(op, plan, k, n), default=None)
+    return min(candidates(op, k, n, max_num_tokens, "split", arch=arch), key=lambda plan: distance(op, plan, k, n), default=None)
