@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tuner's decisions without a GPU: its step, whose times are made up, and everything behind it as it is."""
+
+import argparse
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from mirage_codegen import layer, tune
+
+SHAPE = layer.LayerShape(256, 4, 2, 1024)
+STOCK_US = 10.0  # what every op takes by the stock path
+
+
+class MadeUpStep:
+    """Each op takes STOCK_US, or what its kernel says; attention's kernel is slower than stock beyond short contexts."""
+
+    def __init__(self, shape, num_tokens, context, device, copies=0, ops=layer.OPS):
+        self.num_tokens, self.context = num_tokens, context
+
+    def time_us(self, kernels, replays=7, layers=16):
+        return sum(STOCK_US if kernel is None else kernel.time_us(self.context) for kernel in kernels.values())
+
+    def exact(self, op):
+        return torch.ones(4)
+
+    def run(self, op, kernel, i):
+        return torch.full((4,), 1.001) if kernel is None else torch.full((4,), kernel.answer)
+
+
+def made_up_kernel(op, plan):
+    """Two warps or 16 are right and fast, 8 warps fast and wrong; from 32 tokens on down_proj's kernels are slow."""
+
+    def time_us(context):
+        if op == "attention":
+            return 4.0 if context < 1000 or plan.max_num_tokens <= 4 else 11.0
+        slow = op == "down_proj" and plan.max_num_tokens >= 32
+        return 12.0 if slow else {4: 8.0, 8: 1.0, 16: 6.0}[plan.warps]
+
+    answer = 1.5 if op != "attention" and plan.warps == 8 else 1.001
+    return SimpleNamespace(time_us=time_us, answer=answer, max_tokens=plan.max_num_tokens)
+
+
+@pytest.fixture
+def tuned(monkeypatch, tmp_path, capsys):
+    """The table that the tuner writes for SHAPE, and what it printed."""
+    monkeypatch.setattr(tune, "Step", MadeUpStep)
+    monkeypatch.setattr(tune, "compile_all", lambda *_: None)
+    monkeypatch.setattr(tune, "known_shapes", lambda: {"small": SHAPE})
+    monkeypatch.setattr(tune.Gpu, "current", staticmethod(lambda: tune.Gpu(torch.device("cpu"), "sm_90", 8)))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "made up")
+    prepare = lambda self, op, device, plans: made_up_kernel(op, plans[-1])  # noqa: E731
+    monkeypatch.setattr(layer.LayerShape, "prepare", prepare)
+    output = tmp_path / "plans.json"
+    assert tune.run(argparse.Namespace(models=["small"], candidates=64, output=str(output))) == 0
+    return json.loads(output.read_text())["sm_90"], capsys.readouterr().out
+
+
+def test_the_fastest_right_plan_of_each_limit_is_kept(tuned):
+    table, printed = tuned
+    for kind, k, n in map(SHAPE.gemm, ("norm_qkv", "norm_gate_up", "o_proj")):
+        entries = table[kind][f"{k}x{n}"]
+        assert [entry["max_num_tokens"] for entry in entries] == list(tune.LIMITS)
+        assert {entry["warps"] for entry in entries} <= {16, 4}  # 8 are faster, and wrong
+    assert "left out, please report it" in printed
+
+
+def test_an_op_ends_where_the_stock_path_is_faster(tuned):
+    table, printed = tuned
+    _, k, n = SHAPE.gemm("down_proj")
+    assert [entry["max_num_tokens"] for entry in table["linear"][f"{k}x{n}"]] == [1, 8, 16]
+    assert [entry["max_num_tokens"] for entry in table["decode_attention"]["4x2"]] == [1, 2, 4]  # beyond, it loses at long contexts
+    assert "attention   8 requests: stock path from here on" in printed
+
+
+def test_candidates_fit_the_gpu():
+    small = tune.Gpu(torch.device("cpu"), "sm_86", 8)
+    for limit in tune.LIMITS:
+        for op in layer.GEMMS:
+            found = tune.gemm_candidates(*SHAPE.gemm(op), limit, 64, small)
+            assert found and all(plan.cluster == 1 and plan.grid <= 8 * plan.blocks_per_sm for plan in found)
+    assert {plan.cluster for plan in tune.attention_candidates(SHAPE, 1, small)} == {1}
