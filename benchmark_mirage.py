@@ -34,6 +34,7 @@ import sys
 import tempfile
 import textwrap
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -370,21 +371,31 @@ class Bench:
 
     def timeline(self, batch: int) -> list[dict[str, Any]]:
         """Kernels of one layer of a decode step as CUPTI saw them: name, kind, start and duration in µs."""
+        return one_layer(self._profile(self._decode_graphs()[batch].replay))
+
+    def kernels(self, batches: list[int], vocab: int) -> dict[str, dict[str, int]]:
+        """How often each kernel runs in a decode step of each batch size, and in a prefill of PREFILL's prompts."""
+        steps = {str(batch): self._decode_graphs()[batch].replay for batch in batches}
+        steps["prefill"] = lambda: self.prefill(vocab, seed=0)
+        return {name: dict(Counter(event["name"] for event in self._profile(step))) for name, step in steps.items()}
+
+    @staticmethod
+    def _profile(step: Callable[[], Any]) -> list[dict[str, Any]]:
+        """Kernels of a step by their start, after a run that is not watched: name, start and duration in µs."""
         import torch
         from torch.profiler import ProfilerActivity, profile
 
-        graph = self._decode_graphs()[batch]
-        graph.replay()
+        step()
         torch.cuda.synchronize()
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-            graph.replay()
+            step()
             torch.cuda.synchronize()
         events = [
             {"name": event.name, "start": event.time_range.start, "duration": event.time_range.elapsed_us()}
             for event in profiler.events()
             if event.device_type == torch.autograd.DeviceType.CUDA
         ]
-        return one_layer(sorted(events, key=lambda event: event["start"]))
+        return sorted(events, key=lambda event: event["start"])
 
     def layer_bytes(self) -> int:
         """Bytes of the decoder layers' weights: what every decode step must read at least once."""
@@ -572,7 +583,7 @@ def worker_main() -> None:
 class Worker:
     """The parent's handle of one worker process."""
 
-    def __init__(self, arm: str, scratch: Path, offline: bool) -> None:
+    def __init__(self, arm: str, scratch: Path, offline: bool, **environment: str) -> None:
         self.arm = arm
         self.log = scratch / f"{arm}.log"
         env = os.environ | {
@@ -584,6 +595,7 @@ class Worker:
             env.setdefault(name, value)
         if offline:
             env["HF_HUB_OFFLINE"] = "1"
+        env |= environment
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, os.path.abspath(__file__), "--worker"],

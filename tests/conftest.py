@@ -57,7 +57,7 @@ def apply_overlay(package: Path) -> None:
     installer = REPOSITORY / "install.sh"
     if installer.exists():
         done = subprocess.run(
-            ["bash", str(installer), "--vllm-dir", str(package)],
+            ["bash", str(installer), "--vllm-dir", str(package), "--no-mirage"],
             capture_output=True,
             text=True,
             env={**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"},

@@ -1,0 +1,158 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""What an installed overlay costs on a GPU where no kernel of it runs: vLLM without the overlay against two idle ones.
+
+    python tests/gpu_overhead.py --model 0.6B --starts 4 --json overhead.json
+
+stock        vLLM as its wheel has it
+off          with the overlay, VLLM_USE_MIRAGE=0
+no kernel    with the overlay but without its kernels, VLLM_USE_MIRAGE=1
+
+Two engines of the same vLLM differ by some percent in the times of a small model, start by start. So each arm starts several engines,
+all are measured in turn, and medians of starts are compared. Stronger than any time: the kernels of a decode step and of a prefill, by
+name and count, must be the same in all arms.
+
+Exit status: 0 the same kernels, 1 other kernels, 2 wrong input.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from conftest import LAYERS, _copy_stock, apply_overlay
+
+import benchmark_mirage as benchmark
+
+ARMS = {"stock": "0", "off": "0", "no kernel": "1"}  # and its VLLM_USE_MIRAGE
+
+
+def make_sites(root: Path) -> dict[str, Path]:
+    """A folder for PYTHONPATH for each arm, whose vllm is the installed one without or with the overlay."""
+    sites = {arm: root / arm.replace(" ", "-") for arm in ARMS}
+    for arm, site in sites.items():
+        site.mkdir()
+        package = _copy_stock(site)
+        if arm != "stock":
+            apply_overlay(package)
+        if arm == "no kernel":
+            shutil.rmtree(package / LAYERS / "mirage_kernels")
+    return sites
+
+
+class Engine:
+    """One start of an arm, and its samples in ms by what was measured."""
+
+    def __init__(self, arm: str, site: Path, scratch: Path):
+        self.arm, self.samples = arm, {}  # type: tuple[str, dict[str, list[float]]]
+        path = os.pathsep.join(filter(None, (str(site), os.environ.get("PYTHONPATH", ""))))
+        self.worker = benchmark.Worker(arm, scratch, True, PYTHONPATH=path, VLLM_USE_MIRAGE=ARMS[arm])
+
+    def measure(self, counts: bool, times: dict[str, float]) -> None:
+        for name, ms in times.items() if counts else ():
+            self.samples.setdefault(name, []).append(ms)
+
+    def decode(self, options: argparse.Namespace, model: benchmark.Model) -> dict[str, float]:
+        self.worker.call("fill", batch=max(options.batch_sizes), context=options.input_len, vocab=model.vocab, seed=0)
+        return self.worker.call("step", batches=options.batch_sizes, replays=options.replays)
+
+    def prefill(self, options: argparse.Namespace, model: benchmark.Model) -> dict[str, float]:
+        return {"prefill": statistics.median(self.worker.call("prefill", vocab=model.vocab, seed=seed) for seed in range(3))}
+
+    def median(self, name: str) -> float:
+        return statistics.median(self.samples[name])
+
+
+def start_all(options: argparse.Namespace, settings: dict[str, Any], sites: dict[str, Path], scratch: Path) -> list[Engine]:
+    """The first start of each arm compiles, the others find its graphs in the arm's cache."""
+    engines: list[Engine] = []
+    for count in (1, options.starts - 1):
+        new = [Engine(arm, site, scratch) for _ in range(count) for arm, site in sites.items()]
+        engines += new
+        for engine in new:
+            engine.worker.send("start", engine=settings)
+        for engine in new:
+            engine.worker.receive()
+    return engines
+
+
+def compare(engines: list[Engine]) -> list[dict[str, Any]]:
+    """A row for each thing measured: median of the starts' medians for each arm, and the starts' spread."""
+    rows = []
+    for name in engines[0].samples:
+        starts = {arm: [engine.median(name) for engine in engines if engine.arm == arm] for arm in ARMS}
+        middle = {arm: statistics.median(times) for arm, times in starts.items()}
+        rows.append({"what": name, "starts": starts, "median": middle, "ratio": {arm: middle["stock"] / middle[arm] for arm in ARMS}})
+    return rows
+
+
+def show(rows: list[dict[str, Any]], same: bool) -> None:
+    lines = []
+    for row in rows:
+        spread = row["starts"]["stock"]
+        cells = [row["what"], benchmark.digits(row["median"]["stock"]), f"{max(spread) / min(spread) - 1:.1%}"]
+        lines.append(cells + [f"{row['ratio'][arm]:.4f}" for arm in ARMS if arm != "stock"])
+    benchmark.print_table(["batch", "stock, ms", "between its starts", "stock / off", "stock / no kernel"], lines)
+    print("The kernels of a decode step and of a prefill are " + ("the same in all arms." if same else "NOT the same in all arms."))
+
+
+def run(options: argparse.Namespace) -> int:
+    with tempfile.TemporaryDirectory(prefix="mirage-overhead-") as folder:
+        scratch, engines = Path(folder), []
+        model = benchmark.resolve_model(options.model, "bfloat16", scratch)
+        settings = benchmark.engine_arguments(options, model, gpu=True)
+        try:
+            engines = start_all(options, settings, make_sites(scratch), scratch)
+            for step in (Engine.decode, Engine.prefill):
+                for number in range(-1, options.num_iterations):
+                    for engine in engines:
+                        engine.measure(number >= 0, step(engine, options, model))
+            kernels = {engine.arm: engine.worker.call("kernels", batches=options.batch_sizes, vocab=model.vocab) for engine in engines}
+            environment = engines[-1].worker.call("describe")
+        finally:
+            for engine in engines:
+                engine.worker.close()
+    rows, same = compare(engines), all(found == kernels["stock"] for found in kernels.values())
+    result = {
+        "command": "tests/gpu_overhead.py " + " ".join(sys.argv[1:]),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "environment": {key: environment[key] for key in ("gpu", "torch", "cuda", "vllm")} | {"state": benchmark.gpu_state()},
+        "model": model.name,
+        "same_kernels": same,
+        "kernels": kernels if not same else kernels["stock"],
+        "rows": rows,
+    }
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    show(rows, same)
+    return int(not same)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=benchmark.QWEN3_SIZES, default="0.6B", help="dummy weights (default: %(default)s)")
+    parser.add_argument("--starts", type=int, default=4, help="engines of each arm, all at once on the GPU (default: %(default)s)")
+    parser.add_argument("--num-iterations", type=int, default=4, help="rounds over all engines (default: %(default)s)")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64])
+    parser.add_argument("--json", type=Path, help="write every start's median to this file")
+    given = parser.parse_args()
+    import torch
+
+    if not torch.cuda.is_available():
+        print("tests/gpu_overhead.py measures GPU time, and torch finds no NVIDIA GPU here.", file=sys.stderr)
+        return 2
+    options = benchmark.parse(["--level", "step", "--replays", "50"])
+    vars(options).update({key: value for key, value in vars(given).items() if value is not None}, dtype="bfloat16", enforce_eager=False)
+    return run(options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
