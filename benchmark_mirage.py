@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib
 import importlib.util
 import itertools
@@ -34,7 +35,6 @@ import sys
 import tempfile
 import textwrap
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -225,13 +225,16 @@ class Bench:
     def __init__(self) -> None:
         self.llm: Any = None
         self.prompts: list[list[int]] = []  # token ids
-        self.filled = False  # whether the engine's buffers hold the full batch whose decode step is replayed
+        self.filled: tuple[int, int] | None = None  # requests that decode, and their context: the batch in the engine's buffers
+        self.added: list[str] = []  # ids of requests that may not have finished
 
-    def start(self, engine: dict[str, Any]) -> None:
-        """Start the engine in this process (LLM keyword arguments in `engine`)."""
+    def start(self, engine: dict[str, Any]) -> float:
+        """Start the engine in this process (LLM keyword arguments in `engine`); the seconds that took."""
         from vllm import LLM
 
+        started = time.perf_counter()
         self.llm = LLM(**engine)
+        return time.perf_counter() - started
 
     def load_prompts(self, texts: list[str], limit: int) -> dict[str, Any]:
         """Tokenize the prompts, at most `limit` tokens each."""
@@ -293,18 +296,41 @@ class Bench:
             raise MeasurementError("The engine captured no decode graph: run without --enforce-eager.")
         return graphs
 
-    def fill(self, batch: int, context: int, vocab: int, seed: int) -> list[int]:
-        """Decode `batch` prompts of `context` tokens, all prefilled in one step; returns the captured batch sizes.
+    def _add(self, ids: list[int], max_tokens: int) -> str:
+        """Give the engine a request without running it; its id."""
+        from vllm import SamplingParams
 
-        The replayed state is then a full batch: staggered requests would leave it half empty.
+        name = f"bench-{len(self.added)}"
+        params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False)
+        self.llm.llm_engine.add_request(name, {"prompt_token_ids": ids}, params)
+        self.added.append(name)
+        return name
+
+    def _finish(self) -> None:
+        """End what `_add` began."""
+        engine = self.llm.llm_engine
+        engine.abort_request(self.added)
+        while engine.has_unfinished_requests():
+            engine.step()
+        self.filled = None
+
+    def fill(self, batch: int, context: int, vocab: int, seed: int) -> list[int]:
+        """Prefill `batch` prompts of `context` tokens until all of them decode together; returns the captured batch sizes.
+
+        The engine stops there: its buffers hold a full batch, which the graphs' replays then work on.
         """
         import torch
 
-        if not self.filled:
+        if self.filled != (batch, context):
+            self._finish()
             self.random_prompts([context] * batch, vocab, seed)
-            self.generate(self.prompts, max_tokens=64)
+            engine, waiting = self.llm.llm_engine, {self._add(ids, max_tokens=120) for ids in self.prompts}
+            while waiting:
+                waiting -= {output.request_id for output in engine.step()}
+            for _ in range(4):  # steps in flight were scheduled before the last one had its first token
+                engine.step()
             torch.cuda.synchronize()
-            self.filled = True
+            self.filled = batch, context
         return sorted(self._decode_graphs())
 
     def step(self, batches: list[int], replays: int) -> dict[str, float]:
@@ -325,67 +351,64 @@ class Bench:
             result[str(batch)] = begin.elapsed_time(end) / replays
         return result
 
-    def prefill(self, vocab: int, seed: int) -> float:
-        """Wall time in ms of PREFILL's prompts, prefilled in one step."""
-        import torch
-
-        self.filled = False
+    def prefill(self, vocab: int, seed: int) -> dict[str, float]:
+        """PREFILL's prompts, prefilled in one step: ms by wall clock, and of its kernels alone."""
+        self._finish()
         count, length = PREFILL
-        rng = random.Random(seed)
-        prompts = [rng.choices(range(min(100, vocab // 2), vocab), k=length) for _ in range(count)]
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        self.generate(prompts, max_tokens=1)
-        torch.cuda.synchronize()
-        return (time.perf_counter() - start) * 1e3
+        self.random_prompts([length] * count, vocab, seed)
+        return {"wall": wall_ms(self._prefill), "kernels": self._kernels_ms(self._prefill)}
 
-    def mixed(self, vocab: int, seed: int, steps: int) -> float:
-        """Wall time in ms of one step that decodes for MIXED[0] requests and prefills MIXED[1] tokens of a new one: mean of `steps`."""
-        import torch
-        from vllm import SamplingParams
+    def _prefill(self) -> None:
+        self.generate(self.prompts, max_tokens=1)
 
-        self.filled = False
+    def mixed(self, vocab: int, seed: int, steps: int) -> dict[str, float]:
+        """A step that decodes for MIXED[0] requests and prefills MIXED[1] tokens of a new one: medians of `steps`, as `prefill`."""
+        self._finish()
         engine, (decodes, chunk) = self.llm.llm_engine, MIXED
         rng = random.Random(seed)
 
-        def add(name: str, length: int, tokens: int) -> None:
-            params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-            ids = rng.choices(range(min(100, vocab // 2), vocab), k=length)
-            engine.add_request(f"{name}-{seed}", {"prompt_token_ids": ids}, params)
+        def draw(length: int) -> list[int]:
+            return rng.choices(range(min(100, vocab // 2), vocab), k=length)
 
-        for i in range(decodes):
-            add(f"decode{i}", 64, steps + 16)
+        for _ in range(decodes):
+            self._add(draw(64), max_tokens=2 * steps + 16)
         for _ in range(4):
             engine.step()
-        spent = []
-        for i in range(steps):
-            add(f"prompt{i}", chunk, 1)
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            engine.step()
-            torch.cuda.synchronize()
-            spent.append((time.perf_counter() - start) * 1e3)
-        while engine.has_unfinished_requests():
-            engine.step()
-        return float(np.median(spent))
+        spent: dict[str, list[float]] = {"wall": [], "kernels": []}
+        for name, measured in (("wall", wall_ms), ("kernels", self._kernels_ms)):
+            for _ in range(steps):
+                self._add(draw(chunk), max_tokens=1)
+                spent[name].append(measured(engine.step))
+        self._finish()
+        return {name: float(np.median(times)) for name, times in spent.items()}
+
+    def _kernels_ms(self, step: Callable[[], Any]) -> float:
+        """What a step's kernels take in ms, one by one: no time of the host in it, and no gap between kernels."""
+        return sum(event["duration"] for event in self._profile(step)) / 1e3
 
     def timeline(self, batch: int) -> list[dict[str, Any]]:
         """Kernels of one layer of a decode step as CUPTI saw them: name, kind, start and duration in µs."""
-        return one_layer(self._profile(self._decode_graphs()[batch].replay))
+        graph = self._decode_graphs()[batch]
+        graph.replay()
+        return one_layer(self._profile(graph.replay))
 
-    def kernels(self, batches: list[int], vocab: int) -> dict[str, dict[str, int]]:
-        """How often each kernel runs in a decode step of each batch size, and in a prefill of PREFILL's prompts."""
-        steps = {str(batch): self._decode_graphs()[batch].replay for batch in batches}
-        steps["prefill"] = lambda: self.prefill(vocab, seed=0)
-        return {name: dict(Counter(event["name"] for event in self._profile(step))) for name, step in steps.items()}
+    def kernels(self, batches: list[int], vocab: int) -> dict[str, dict[str, list[float]]]:
+        """[calls, µs] of each kernel in a decode step of each batch size, and in a prefill of PREFILL's prompts."""
+        self.prefill(vocab, seed=0)
+        steps = {"prefill": self._prefill} | {str(batch): self._decode_graphs()[batch].replay for batch in batches}
+        found: dict[str, dict[str, list[float]]] = {name: {} for name in steps}
+        for name, step in steps.items():
+            for event in self._profile(step):
+                calls, spent = found[name].get(event["name"], (0, 0.0))
+                found[name][event["name"]] = [calls + 1, spent + event["duration"]]
+        return found
 
     @staticmethod
     def _profile(step: Callable[[], Any]) -> list[dict[str, Any]]:
-        """Kernels of a step by their start, after a run that is not watched: name, start and duration in µs."""
+        """Kernels of a step by their start: name, start and duration in µs."""
         import torch
         from torch.profiler import ProfilerActivity, profile
 
-        step()
         torch.cuda.synchronize()
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
             step()
@@ -476,6 +499,17 @@ class Bench:
             "peak_memory_bytes": torch.cuda.max_memory_allocated() if gpu else None,
             "report": ops.mirage_report(),
         }
+
+
+def wall_ms(step: Callable[[], Any]) -> float:
+    """Wall time of a step in ms, until the GPU has finished it."""
+    import torch
+
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    step()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) * 1e3
 
 
 def capture(call: Callable[[], Any]) -> Any:
@@ -642,6 +676,7 @@ class Session:
     def __init__(self, scratch: Path, engine: dict[str, Any], offline: bool, fresh: bool) -> None:
         self.scratch, self.engine, self.offline, self.fresh = scratch, engine, offline, fresh
         self.workers: dict[str, Worker] = {}
+        self.start_seconds: dict[str, float] = {}
 
     def start(self, together: bool) -> None:
         """Start both engines, at once or one after the other; fresh processes start later, at each turn.
@@ -652,9 +687,9 @@ class Session:
             self.workers[arm] = Worker(arm, self.scratch, self.offline)
             self.workers[arm].send("start", engine=self.engine)
             if not together:
-                self.workers[arm].receive()
-        for worker in self.workers.values() if together else ():
-            worker.receive()
+                self.start_seconds[arm] = self.workers[arm].receive()
+        for arm, worker in self.workers.items() if together else ():
+            self.start_seconds[arm] = worker.receive()
 
     @contextlib.contextmanager
     def arm(self, name: str) -> Iterator[Worker]:
@@ -681,12 +716,13 @@ class Session:
 def engine_arguments(options: argparse.Namespace, model: Model, gpu: bool) -> dict[str, Any]:
     """Keyword arguments of vllm.LLM, the same for both arms."""
     sequences = max(options.batch_sizes)
+    context = max(options.input_len or [0])
     if options.level == "step":
-        needed = options.input_len + 128
+        needed = context + 128
         length = min(max(PREFILL[1] + 256, needed), model.max_len)  # attention kernels are chosen for the longest context
         if needed > length:
             raise UsageError(
-                f"--input-len {options.input_len} needs {needed} positions but {model.name} has {model.max_len}: "
+                f"--input-len {context} needs {needed} positions but {model.name} has {model.max_len}: "
                 f"give at most {model.max_len - 128}."
             )
     else:
@@ -701,7 +737,7 @@ def engine_arguments(options: argparse.Namespace, model: Model, gpu: bool) -> di
     if gpu:
         engine["gpu_memory_utilization"] = 0.1  # only a check at start-up: the cache's size is given above
     if options.level == "step":
-        engine["max_num_batched_tokens"] = max(16384, sequences * options.input_len)
+        engine["max_num_batched_tokens"] = PREFILL[0] * PREFILL[1]
     if model.dummy:
         engine["load_format"] = "dummy"
     if not model.has_tokenizer:
@@ -775,7 +811,7 @@ def run_serve(
             result["prompts"] = {"count": count, "truncated": answer["truncated"], "kind": "text"}
             result["prompts"]["tokens"] = summarize(answer["lengths"])
             return
-        wanted = [max(1, len(text.encode()) // 4) for text in texts] or [options.input_len] * count
+        wanted = [max(1, len(text.encode()) // 4) for text in texts] or options.input_len * count
         lengths = [min(length, limit) for length in wanted]
         worker.call("random_prompts", lengths=lengths, vocab=model.vocab, seed=options.seed)
         truncated = sum(length > limit for length in wanted)
@@ -814,31 +850,28 @@ def compare_tokens(pairs: list[tuple[list[list[int]], list[list[int]]]], dummy: 
 def run_step(
     session: Session, options: argparse.Namespace, model: Model, result: dict[str, Any], screen: Screen
 ) -> None:
-    """GPU time of one decode step at each captured batch size."""
-    rows = {batch: row(model.name, "decode step", batch, "ms") for batch in options.batch_sizes}
-    largest = max(options.batch_sizes)
+    """GPU time of one decode step at each captured batch size, one context after the other."""
+    contexts, largest = options.input_len, max(options.batch_sizes)
+    names = {context: "decode step" if len(contexts) == 1 else f"decode step, {context} tokens before it" for context in contexts}
+    rows = {(c, batch): row(model.name, names[c], batch, "ms") for c in contexts for batch in options.batch_sizes}
     others = {}
-    if largest >= MIXED[0] and options.input_len <= 256:  # the KV cache is sized for the batch: it holds these, too
-        others["prefill"] = row(model.name, f"prefill of {PREFILL[1]} tokens each", PREFILL[0], "ms")
-        others["mixed"] = row(model.name, f"decode beside {MIXED[1]} prompt tokens", MIXED[0], "ms")
+    if largest >= MIXED[0] and max(contexts) <= 256:  # the KV cache is sized for the batch: it holds these, too
+        said = {"prefill": (f"prefill of {PREFILL[1]} tokens each", PREFILL[0])}
+        said["mixed"] = f"decode beside {MIXED[1]} prompt tokens", MIXED[0]
+        for name, (metric, batch) in said.items():
+            others[name, "wall"] = row(model.name, f"{metric}, wall clock", batch, "ms")
+            others[name, "kernels"] = row(model.name, f"{metric}, kernels", batch, "ms")
     result["rows"] = [*rows.values(), *others.values()]
 
-    def turn(worker: Worker, number: int) -> None:
-        captured = worker.call(
-            "fill", batch=largest, context=options.input_len, vocab=model.vocab, seed=options.seed
-        )
+    def decode(context: int, worker: Worker, number: int) -> None:
+        captured = worker.call("fill", batch=largest, context=context, vocab=model.vocab, seed=options.seed)
         missing = [batch for batch in options.batch_sizes if batch not in captured]
         if missing:
             raise UsageError(f"No decode graph is captured for batch {missing}: choose --batch-sizes from {captured}.")
         for batch, ms in worker.call("step", batches=options.batch_sizes, replays=options.replays).items():
             if number >= 0:
-                rows[int(batch)]["samples"][worker.arm].append(ms)
-        for name, line in others.items():
-            more = {"steps": 20} if name == "mixed" else {}
-            ms = worker.call(name, vocab=model.vocab, seed=number + 1000, **more)
-            if number >= 0:
-                line["samples"][worker.arm].append(ms)
-        if number >= 0:
+                rows[context, int(batch)]["samples"][worker.arm].append(ms)
+        if number == options.num_iterations - 1:
             describe(worker, result)
         if "floor" not in result:
             bandwidth, size = worker.call("copy_bandwidth"), worker.call("layer_bytes")
@@ -846,7 +879,16 @@ def run_step(
             for line in rows.values():
                 line["floor"] = size / bandwidth * 1e3
 
-    alternate(session, options, turn, screen)
+    def prefill(worker: Worker, number: int) -> None:
+        for name, more in (("prefill", {}), ("mixed", {"steps": 10})):
+            for kind, ms in worker.call(name, vocab=model.vocab, seed=number + 1000, **more).items():
+                if number >= 0:
+                    others[name, kind]["samples"][worker.arm].append(ms)
+
+    for context in contexts:
+        alternate(session, options, functools.partial(decode, context), screen)
+    if others:
+        alternate(session, options, prefill, screen)
 
 
 def run_kernel(options: argparse.Namespace, scratch: Path, result: dict[str, Any], screen: Screen) -> None:
@@ -1033,6 +1075,9 @@ def print_report(result: dict[str, Any]) -> None:
     memory = {arm: size for arm, size in result["peak_memory_bytes"].items() if size}
     if memory and result["level"] != "kernel":
         print("Peak GPU memory: " + ", ".join(f"{arm} {size / 2**30:.2f} GiB" for arm, size in memory.items()) + ".")
+    if starts := result.get("start_seconds"):
+        said = ", ".join(f"{arm} {seconds:.0f} s" for arm, seconds in starts.items())
+        print(f"Engine start with empty compile caches{', both at once' if env['gpu'] else ''}: {said}.")
     print(f"Overlay: {overlay_text(result['reports']['mirage'])}")
     errors = [line["errors"] for line in result["rows"] if line.get("errors")]
     if errors:
@@ -1321,8 +1366,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--num-warmup", type=positive, default=3, help="rounds that are not counted (default: 3)")
     add("--num-iterations", type=positive, help="rounds measured (default: serve 5, step 10, kernel 20)")
     add("--replays", type=positive, default=20, help="step: graph replays in one sample (default: 20)")
-    add("--input-len", type=positive, help="serve: random prompts of this many tokens instead of --prompts; "
-        "step: context before decoding (default: 128)")  # fmt: skip
+    add("--input-len", type=positive, nargs="+", help="serve: random prompts of this many tokens instead of --prompts; "
+        "step: context before decoding, one or several (default: 128)")  # fmt: skip
     add("--max-model-len", type=positive, default=4096, help="serve: longest prompt plus output (default: 4096)")
     add("--seed", type=int, default=0, help="order of prompts, random tokens and weights (default: 0)")
     add("--enforce-eager", action="store_true", help="no torch.compile, no CUDA graphs (always without a GPU)")
@@ -1337,7 +1382,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     options.num_iterations = options.num_iterations or DEFAULT_ROUNDS[options.level]
     options.batch_sizes = sorted(set(options.batch_sizes or DEFAULT_BATCHES[options.level]))
     if options.level == "step":
-        options.input_len = options.input_len or 128
+        options.input_len = sorted(set(options.input_len or [128]))
     return options
 
 
@@ -1352,6 +1397,8 @@ def check(options: argparse.Namespace, gpu: bool) -> None:
         raise UsageError(f"--level kernel knows shapes, not models: give --model one of {', '.join(QWEN3_SIZES)}.")
     if options.enforce_eager and (options.level == "step" or options.profile):
         raise UsageError("--enforce-eager captures no CUDA graph to replay: leave it out.")
+    if options.level == "serve" and len(options.input_len or [0]) > 1:
+        raise UsageError("--level serve draws prompts of one length: give --input-len one number.")
     if options.level == "serve" and not options.input_len:
         read_prompts(options.prompts)
     if options.level == "serve" and options.max_tokens >= options.max_model_len:
@@ -1399,6 +1446,7 @@ def measure(options: argparse.Namespace, command: str, scratch: Path) -> dict[st
             session = Session(scratch, engine, offline, options.fresh)
             try:
                 session.start(together=gpu)
+                result["start_seconds"] = session.start_seconds
                 level = run_serve if options.level == "serve" else run_step
                 level(session, options, model, result, screen)
                 if options.profile:
@@ -1414,7 +1462,7 @@ def profile_layers(session: Session, options: argparse.Namespace, model: Model) 
     """One layer of a decode step in both arms, at the smallest batch size asked for."""
     batch = options.batch_sizes[0]
     layers: dict[str, Any] = {"batch": batch}
-    context = options.input_len or 128
+    context = max(options.input_len or [128])
     for arm in ARMS:
         with session.arm(arm) as worker:
             worker.call("fill", batch=max(options.batch_sizes), context=context, vocab=model.vocab, seed=options.seed)

@@ -61,11 +61,12 @@ class Engine:
             self.samples.setdefault(name, []).append(ms)
 
     def decode(self, options: argparse.Namespace, model: benchmark.Model) -> dict[str, float]:
-        self.worker.call("fill", batch=max(options.batch_sizes), context=options.input_len, vocab=model.vocab, seed=0)
+        self.worker.call("fill", batch=max(options.batch_sizes), context=options.input_len[0], vocab=model.vocab, seed=0)
         return self.worker.call("step", batches=options.batch_sizes, replays=options.replays)
 
     def prefill(self, options: argparse.Namespace, model: benchmark.Model) -> dict[str, float]:
-        return {"prefill": statistics.median(self.worker.call("prefill", vocab=model.vocab, seed=seed) for seed in range(3))}
+        times = self.worker.call("prefill", vocab=model.vocab, seed=0)
+        return {f"prefill, {name}": ms for name, ms in times.items()}
 
     def median(self, name: str) -> float:
         return statistics.median(self.samples[name])
@@ -94,6 +95,11 @@ def compare(engines: list[Engine]) -> list[dict[str, Any]]:
     return rows
 
 
+def calls(found: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, float]]:
+    """How often each kernel ran, by step."""
+    return {step: {name: count for name, (count, _) in by_name.items()} for step, by_name in found.items()}
+
+
 def show(rows: list[dict[str, Any]], same: bool) -> None:
     lines = []
     for row in rows:
@@ -115,19 +121,20 @@ def run(options: argparse.Namespace) -> int:
                 for number in range(-1, options.num_iterations):
                     for engine in engines:
                         engine.measure(number >= 0, step(engine, options, model))
-            kernels = {engine.arm: engine.worker.call("kernels", batches=options.batch_sizes, vocab=model.vocab) for engine in engines}
+            first = engines[: len(ARMS)]
+            kernels = {engine.arm: engine.worker.call("kernels", batches=options.batch_sizes, vocab=model.vocab) for engine in first}
             environment = engines[-1].worker.call("describe")
         finally:
             for engine in engines:
                 engine.worker.close()
-    rows, same = compare(engines), all(found == kernels["stock"] for found in kernels.values())
+    rows, same = compare(engines), all(calls(found) == calls(kernels["stock"]) for found in kernels.values())
     result = {
         "command": "tests/gpu_overhead.py " + " ".join(sys.argv[1:]),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "environment": {key: environment[key] for key in ("gpu", "torch", "cuda", "vllm")} | {"state": benchmark.gpu_state()},
         "model": model.name,
         "same_kernels": same,
-        "kernels": kernels if not same else kernels["stock"],
+        "kernels": {arm: calls(found) for arm, found in kernels.items()} if not same else calls(kernels["stock"]),
         "rows": rows,
     }
     if options.json:

@@ -364,7 +364,7 @@ class MadeUpWorker:
         pass
 
     def fill(self, batch: int, context: int, vocab: int, seed: int) -> list[int]:
-        return [1, 2, 4]
+        return [1, 2, 4, 32]
 
     def step(self, batches: list[int], replays: int) -> dict[str, float]:
         self.turns.append(self.arm)
@@ -376,11 +376,11 @@ class MadeUpWorker:
     def layer_bytes(self) -> int:
         return 2 * 10**9
 
-    def prefill(self, **_: Any) -> float:
-        return 10.0
+    def prefill(self, vocab: int, seed: int) -> dict[str, float]:
+        return {"wall": 10.0, "kernels": 8.0}
 
-    def mixed(self, **_: Any) -> float:
-        return 5.0
+    def mixed(self, vocab: int, seed: int, steps: int) -> dict[str, float]:
+        return {"wall": 5.0, "kernels": 2.0}
 
     def kernel(self, size: str, op: str, batch: int, rounds: int, **_: Any) -> dict[str, Any]:
         if batch == 4:
@@ -415,6 +415,20 @@ def test_the_step_level_alternates_and_compares_with_the_floor() -> None:
     options.batch_sizes = [3]
     with pytest.raises(bench.UsageError, match=r"No decode graph is captured for batch \[3\]"):
         bench.run_step(session, options, model, unfinished("step"), bench.Screen(result))
+
+
+@pytest.mark.parametrize(("contexts", "more"), [(["128"], 4), (["64", "256"], 4), (["256", "300"], 0)])
+def test_the_step_level_takes_several_contexts_and_adds_prefill_to_short_ones(contexts: list[str], more: int) -> None:
+    options = bench.parse(["--level", "step", "--batch-sizes", "1", "32", "--num-iterations", "5", "--input-len", *contexts])
+    session = bench.Session(Path("."), {}, True, fresh=False)
+    session.workers = {arm: cast(bench.Worker, MadeUpWorker(arm)) for arm in bench.ARMS}
+    result = unfinished("step")
+    bench.run_step(session, options, bench.Model("made up", "/", True, False, 100, 4096, 1), result, bench.Screen(result))
+    bench.finish(result)
+    decode = [line for line in result["rows"] if line["metric"].startswith("decode step")]
+    assert [line["batch"] for line in decode] == [1, 32] * len(contexts) and len({line["metric"] for line in decode}) == len(contexts)
+    assert len(result["rows"]) == len(decode) + more
+    assert all(len(line["samples"][arm]) == 5 for line in result["rows"] for arm in bench.ARMS)
 
 
 def test_the_kernel_level_goes_on_after_a_crash_and_says_what_has_no_kernel(

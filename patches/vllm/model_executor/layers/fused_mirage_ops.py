@@ -400,10 +400,10 @@ class FusedAttention(_StandIn):
         angles, eps = a.rotary_emb.cos_sin_cache, a.q_norm.variance_epsilon
         weights = a.q_norm.weight, a.k_norm.weight
         heads = a.num_heads, a.num_kv_heads
-        qk = torch.ops.vllm_mirage.qk_norm_rope(qkv, positions, *weights, angles, eps, *heads, self.layer_name)
-        written = torch.ops.vllm_mirage.write_cache(qkv, qk, *heads, self.layer_name)
+        q, k = torch.ops.vllm_mirage.qk_norm_rope(qkv, positions, *weights, angles, eps, *heads, self.layer_name)
+        written = torch.ops.vllm_mirage.write_cache(qkv, k, *heads, self.layer_name)
         output = torch.empty((qkv.shape[0], a.q_size), dtype=qkv.dtype, device=qkv.device)
-        torch.ops.vllm_mirage.decode_attention(qkv, qk, written, positions, *weights, angles, output, eps, *heads, self.layer_name)
+        torch.ops.vllm_mirage.decode_attention(qkv, q, k, written, positions, *weights, angles, output, eps, *heads, self.layer_name)
         return output
 
 

@@ -28,7 +28,7 @@ from vllm.model_executor.layers.attention.attention import (
 from vllm.triton_utils import HAS_TRITON, tl, triton
 from vllm.utils.torch_utils import LayerNameType, _resolve_layer_name
 
-OP_SCHEMA = 3  # raise it with every change of an op's schema or fake: it is part of the compile-cache key
+OP_SCHEMA = 4  # raise it with every change of an op's schema or fake: it is part of the compile-cache key
 OPS = ("norm_qkv", "attention", "o_proj", "norm_gate_up", "down_proj")
 """What VLLM_MIRAGE_OPS names: the parts of a layer that may be fused."""
 HEAD_DIM = 128  # of the decode-attention kernel
@@ -296,7 +296,8 @@ def _qk_norm_rope_kernel(
     q_weight_ptr,
     k_weight_ptr,
     cos_sin_ptr,
-    out_ptr,
+    q_ptr,
+    k_ptr,
     qkv_stride,
     eps,
     HEADS: tl.constexpr,
@@ -321,9 +322,14 @@ def _qk_norm_rope_kernel(
     position = tl.load(positions_ptr + token)
     cos = tl.load(cos_sin_ptr + position * 2 * HALF + low).to(tl.float32)
     sin = tl.load(cos_sin_ptr + position * 2 * HALF + HALF + low).to(tl.float32)
-    out = out_ptr + token * (HEADS + KV_HEADS) * 2 * HALF + offsets
-    tl.store(out, (x1 * cos - x2 * sin).to(out_ptr.dtype.element_ty), mask=inside)
-    tl.store(out + HALF, (x2 * cos + x1 * sin).to(out_ptr.dtype.element_ty), mask=inside)
+    out1 = (x1 * cos - x2 * sin).to(q_ptr.dtype.element_ty)
+    out2 = (x2 * cos + x1 * sin).to(q_ptr.dtype.element_ty)
+    q = q_ptr + token * HEADS * 2 * HALF + offsets
+    k = k_ptr + (token * KV_HEADS - HEADS) * 2 * HALF + offsets
+    tl.store(q, out1, mask=is_q)
+    tl.store(q + HALF, out2, mask=is_q)
+    tl.store(k, out1, mask=inside & (heads >= HEADS))
+    tl.store(k + HALF, out2, mask=inside & (heads >= HEADS))
 
 
 def qk_norm_rope_triton(
@@ -335,13 +341,13 @@ def qk_norm_rope_triton(
     eps: float,
     num_heads: int,
     num_kv_heads: int,
-) -> torch.Tensor:
-    """qkv [num_tokens, (heads + 2 kv_heads)·head_dim] → q and k, [num_tokens, (heads + kv_heads)·head_dim].
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """qkv [num_tokens, (heads + 2 kv_heads)·head_dim] → q [num_tokens, heads·head_dim] and k [num_tokens, kv_heads·head_dim].
 
     One kernel, where Inductor makes two of the stock layer's.
     """
     head_dim = q_weight.shape[0]
-    out = qkv.new_empty((qkv.shape[0], (num_heads + num_kv_heads) * head_dim))
+    q, k = _empty_qk(qkv, head_dim, num_heads, num_kv_heads)
     rows = 8  # heads of a program
     if qkv.shape[0]:
         _qk_norm_rope_kernel[(qkv.shape[0], triton.cdiv(num_heads + num_kv_heads, rows))](
@@ -350,7 +356,8 @@ def qk_norm_rope_triton(
             q_weight,
             k_weight,
             cos_sin_cache,
-            out,
+            q,
+            k,
             qkv.stride(0),
             eps,
             num_heads,
@@ -359,7 +366,11 @@ def qk_norm_rope_triton(
             rows,
             num_warps=2,  # 8 elements a thread of each half: 16-byte loads
         )
-    return out
+    return q, k
+
+
+def _empty_qk(qkv: torch.Tensor, head_dim: int, num_heads: int, num_kv_heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return qkv.new_empty((qkv.shape[0], num_heads * head_dim)), qkv.new_empty((qkv.shape[0], num_kv_heads * head_dim))
 
 
 def qk_norm_rope_native(
@@ -371,17 +382,21 @@ def qk_norm_rope_native(
     eps: float,
     num_heads: int,
     num_kv_heads: int,
-) -> torch.Tensor:
-    """The same with PyTorch's own operators, for the CPU and for Inductor."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same with PyTorch's own operators, for the CPU and for Inductor.
+
+    Rounds where vLLM's native norm and rotary embedding round. One tensor for q and k, rotated in fp32, cost Inductor two more passes
+    over both: prefill of 8B took 4 % longer (H200).
+    """
     tokens, head_dim = qkv.shape[0], q_weight.shape[0]
-    cos, sin = cos_sin_cache[positions].float().unsqueeze(1).chunk(2, dim=-1)  # [tokens, 1, head_dim / 2]
+    cos, sin = cos_sin_cache.index_select(0, positions).unsqueeze(1).chunk(2, dim=-1)  # [tokens, 1, head_dim / 2]
 
     def rotated(heads: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        low, high = rms_norm_native(heads, None, weight, eps)[0].float().chunk(2, dim=-1)
-        return torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1).to(qkv.dtype).flatten(1)
+        low, high = rms_norm_native(heads.reshape(tokens, -1, head_dim), None, weight, eps)[0].chunk(2, dim=-1)
+        return torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1).flatten(1)
 
-    q, k, _ = qkv.view(tokens, -1, head_dim).split([num_heads, num_kv_heads, num_kv_heads], dim=1)
-    return torch.cat([rotated(q, q_weight), rotated(k, k_weight)], dim=1)
+    q, k, _ = qkv.split([num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim], dim=-1)
+    return rotated(q, q_weight), rotated(k, k_weight)
 
 
 def _qk_norm_rope(
@@ -394,52 +409,46 @@ def _qk_norm_rope(
     num_heads: int,
     num_kv_heads: int,
     layer_name: LayerNameType,
-) -> torch.Tensor:
-    """q and k, normalised per head and rotated: [num_tokens, (heads + kv_heads)·head_dim].
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q [num_tokens, heads·head_dim] and k [num_tokens, kv_heads·head_dim], normalised per head and rotated.
 
     Where decode_attention will run its kernel, that does this: the result is then not computed and not read.
     """
     if _decode_kernel(qkv, num_heads, num_kv_heads, _resolve_layer_name(layer_name)) is not None:
-        return qkv.new_empty((qkv.shape[0], (num_heads + num_kv_heads) * q_weight.shape[0]))
+        return _empty_qk(qkv, q_weight.shape[0], num_heads, num_kv_heads)
     body = qk_norm_rope_triton if qkv.is_cuda and HAS_TRITON else qk_norm_rope_native
     return body(qkv, positions, q_weight, k_weight, cos_sin_cache, eps, num_heads, num_kv_heads)
 
 
 def _qk_norm_rope_fake(qkv, positions, q_weight, k_weight, cos_sin_cache, eps, num_heads, num_kv_heads, layer_name):
-    return qkv.new_empty((qkv.shape[0], (num_heads + num_kv_heads) * q_weight.shape[0]))
+    return _empty_qk(qkv, q_weight.shape[0], num_heads, num_kv_heads)
 
 
-def _write_cache(
-    qkv: torch.Tensor, qk: torch.Tensor, num_heads: int, num_kv_heads: int, layer_name: LayerNameType
-) -> torch.Tensor:
-    """Writes the keys of qk and the values of qkv into the KV cache, unless decode_attention's kernel will.
+def _write_cache(qkv: torch.Tensor, k: torch.Tensor, num_heads: int, num_kv_heads: int, layer_name: LayerNameType) -> torch.Tensor:
+    """Writes the keys k and the values of qkv into the KV cache, unless decode_attention's kernel will.
 
     Returns an empty tensor: an argument of decode_attention, so that the order is kept.
     """
     if _decode_kernel(qkv, num_heads, num_kv_heads, _resolve_layer_name(layer_name)) is None:
-        _, key, value = _views(qkv, qk, num_heads, num_kv_heads)
-        unified_kv_cache_update(key, value, layer_name)
+        unified_kv_cache_update(*_key_and_value(qkv, k, num_heads, num_kv_heads), layer_name)
     return qkv.new_empty(0)
 
 
-def _write_cache_fake(qkv, qk, num_heads, num_kv_heads, layer_name):
+def _write_cache_fake(qkv, k, num_heads, num_kv_heads, layer_name):
     return qkv.new_empty(0)
 
 
-def _views(
-    qkv: torch.Tensor, qk: torch.Tensor, num_heads: int, num_kv_heads: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """query [num_tokens, heads, head_dim], key and value [num_tokens, kv_heads, head_dim]"""
+def _key_and_value(qkv: torch.Tensor, k: torch.Tensor, num_heads: int, num_kv_heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both [num_tokens, kv_heads, head_dim]."""
     tokens, head_dim = qkv.shape[0], qkv.shape[1] // (num_heads + 2 * num_kv_heads)
-    query = qk[:, : num_heads * head_dim].view(tokens, num_heads, head_dim)
-    key = qk[:, num_heads * head_dim :].view(tokens, num_kv_heads, head_dim)
-    value = qkv[:, (num_heads + num_kv_heads) * head_dim :].view(tokens, num_kv_heads, head_dim)
-    return query, key, value
+    value = qkv[:, (num_heads + num_kv_heads) * head_dim :]
+    return k.view(tokens, num_kv_heads, head_dim), value.view(tokens, num_kv_heads, head_dim)
 
 
 def _decode_attention(
     qkv: torch.Tensor,
-    qk: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
     written: torch.Tensor,
     positions: torch.Tensor,
     q_weight: torch.Tensor,
@@ -451,7 +460,7 @@ def _decode_attention(
     num_kv_heads: int,
     layer_name: LayerNameType,
 ) -> None:
-    """Writes attention's output [num_tokens, heads·head_dim].  qk, written: what the two ops before returned for the same step.
+    """Writes attention's output [num_tokens, heads·head_dim].  q, k, written: what the two ops before returned for the same step.
 
     The output is an argument, as in vLLM's own attention op: between two piecewise graphs its address must stay the same.
     """
@@ -475,12 +484,13 @@ def _decode_attention(
         )
         return
     calls["attention.torch"] += 1
-    query, key, value = _views(qkv, qk, num_heads, num_kv_heads)
+    key, value = _key_and_value(qkv, k, num_heads, num_kv_heads)
+    query = q.view(q.shape[0], num_heads, key.shape[2])
     unified_attention_with_output(query, key, value, output.view(query.shape), layer_name)
 
 
 def _decode_attention_fake(
-    qkv, qk, written, positions, q_weight, k_weight, cos_sin_cache, output, eps, num_heads, num_kv_heads, layer_name
+    qkv, q, k, written, positions, q_weight, k_weight, cos_sin_cache, output, eps, num_heads, num_kv_heads, layer_name
 ):
     return None
 
