@@ -31,6 +31,16 @@ def server(tmp_path_factory, vllm_overlay, make_tiny):
         yield address_and_process
 
 
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [([5, 6, 7], "equal"), ([5, 6], "equal"), ([5, 9, 1], "tied"), ([5, 8, 7], "differing"), ([5, 6, 7, 7], "differing"), ([9], "differing")],
+)
+def test_only_a_tie_may_change_an_answer(tokens, expected):
+    from load_client import Alone
+
+    assert Alone([5, 6, 7], [{5}, {6, 9}, {7}]).compare(tokens) == expected
+
+
 def calls(url):
     """Calls of the ops' bodies so far."""
     return sum(sum(report["calls"].values()) for report in reports_of(url))
