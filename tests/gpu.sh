@@ -9,15 +9,19 @@ usage: tests/gpu.sh [--out DIR] [PART ...]
 
 Runs with the Python of the active environment, which must hold vLLM with the overlay, torch for CUDA, and pytest.
 
-  tests      pytest -m gpu, and the functional test on tiny-0.6b under `strict`
+  tests      pytest -m gpu (kernels, layers, uses of vLLM), and the functional test on tiny-0.6b under `strict`
   sanitize   compute-sanitizer: memcheck, racecheck, synccheck, initcheck over every kernel
-  step       decode steps, prefill and mixed steps of 0.6B, 1.7B, 4B and 8B
-  context    decode steps of 0.6B and 8B at 2,000 and 8,000 tokens of context
-  serve      latency and tokens/s of 0.6B and 8B through LLM.generate
-  kernel     each op by itself, 0.6B and 8B
+  load       thousands of requests to `vllm serve` with the overlay, then to stock
+  overhead   what an idle overlay costs: 0.6B and 8B
+  step       decode steps, prefill and mixed steps
+  context    decode steps at 2,000 and 8,000 tokens of context: 0.6B and 8B
+  serve      latency and tokens/s through LLM.generate: 0.6B and 8B
+  latency    `vllm bench latency` of both arms: 0.6B and 8B
+  kernel     each op by itself
 
   --out DIR  where reports and logs go (default: gpu-results)
   PART       these alone; default: all, in this order
+  MODELS     variable: the models to measure (default: "0.6B 1.7B 4B 8B"; where two are named above, of those two)
 TEXT
 }
 
@@ -31,12 +35,12 @@ parse_arguments() {
     case $1 in
       --out) out=${2:?--out needs a folder} && shift ;;
       -h | --help) usage && exit 0 ;;
-      tests | sanitize | step | context | serve | kernel) parts+=("$1") ;;
+      tests | sanitize | load | overhead | step | context | serve | latency | kernel) parts+=("$1") ;;
       *) echo "tests/gpu.sh knows no $1: --help lists its parts." >&2 && exit 2 ;;
     esac
     shift
   done
-  ((${#parts[@]})) || parts=(tests sanitize step context serve kernel)
+  ((${#parts[@]})) || parts=(tests sanitize load overhead step context serve latency kernel)
 }
 
 # run NAME COMMAND...: its output goes to OUT/NAME.log, its last lines and its end to the screen.
@@ -65,33 +69,78 @@ part_tests() {
 
 part_sanitize() { run sanitize bash tests/sanitize.sh; }
 
+part_load() {
+  local switch model
+  model=$(python -c 'from test_mirage_qwen3 import cached_tiny_qwen3; print(cached_tiny_qwen3("tiny-0.6b"))')
+  for switch in 1 0; do run "load-$switch" serve_a_crowd "$switch" "$model"; done
+}
+
+serve_a_crowd() { # serve_a_crowd SWITCH MODEL
+  local port=$((8100 + $1)) server status=1
+  VLLM_USE_MIRAGE=$1 python -m vllm.entrypoints.cli.main serve "$2" --served-model-name tiny --port "$port" --gpu-memory-utilization 0.3 \
+    --max-model-len 2048 >"$out/server-$1.log" 2>&1 &
+  server=$!
+  for _ in $(seq 180); do
+    kill -0 "$server" 2>/dev/null || break
+    python -c "import urllib.request; urllib.request.urlopen('http://127.0.0.1:$port/health')" 2>/dev/null && status=0 && break
+    sleep 1
+  done
+  ((status == 0)) && python tests/load_client.py --url "http://127.0.0.1:$port" --requests 5000 --concurrency 128 --max-prompt 1024 \
+    --max-tokens 256 --pid "$server" --json "$out/load-$1.json" || status=1
+  kill "$server" 2>/dev/null
+  wait "$server"
+  return "$status"
+}
+
+part_overhead() {
+  local model
+  for model in $(of_models 0.6B 8B); do
+    # two engines of 8B for each arm would need more than 140 GB
+    run "overhead-$model" python tests/gpu_overhead.py --model "$model" --starts "$([[ $model == 0.6B ]] && echo 3 || echo 1)" --json "$out/overhead-$model.json"
+  done
+}
+
 part_step() {
   local model
-  for model in 0.6B 1.7B 4B 8B; do
-    measure "step-$model" step "$model" --batch-sizes 1 2 4 8 16 24 32 48 64 --profile "$out/layer-$model.png"
+  for model in $(of_models 0.6B 1.7B 4B 8B); do
+    measure "step-$model" step "$model" --batch-sizes 1 2 4 8 16 24 32 40 48 56 64 --profile "$out/layer-$model.png"
   done
 }
 
 part_context() {
-  local model context
-  for model in 0.6B 8B; do
-    for context in 2000 8000; do # 32 requests: both arms' caches must fit
-      measure "step-$model-context-$context" step "$model" --input-len "$context" --batch-sizes 1 8 32
-    done
+  local model
+  for model in $(of_models 0.6B 8B); do # 32 requests: both arms' caches must fit
+    measure "context-$model" step "$model" --input-len 2000 8000 --batch-sizes 1 2 4 8 16 32 --num-iterations 6 --num-warmup 1
   done
 }
 
 part_serve() {
   local model
-  for model in 0.6B 8B; do
-    measure "serve-$model" serve "$model" --input-len 128 --batch-sizes 1 4 16
-    measure "prefill-$model" serve "$model" --input-len 1000 --max-tokens 1 --batch-sizes 1 8
+  for model in $(of_models 0.6B 8B); do
+    measure "serve-$model" serve "$model"
+  done
+}
+
+part_latency() {
+  local model arm
+  for model in $(of_models 0.6B 8B); do
+    python -c "import pathlib, benchmark_mirage as b; b.write_dummy_config('$model', pathlib.Path('$out/model-$model'))"
+    for arm in 0 1; do
+      VLLM_USE_MIRAGE=$arm VLLM_CACHE_ROOT="$out/cache-$arm" run "latency-$model-$arm" python -m vllm.entrypoints.cli.main bench latency \
+        --model "$out/model-$model" --load-format dummy --skip-tokenizer-init --max-model-len 2048 --input-len 128 --output-len 128 \
+        --batch-size 1 --num-iters 10 --output-json "$out/latency-$model-$arm.json"
+    done
   done
 }
 
 part_kernel() {
   local model
-  for model in 0.6B 8B; do measure "kernel-$model" kernel "$model" --num-iterations 6; done
+  for model in $(of_models 0.6B 1.7B 4B 8B); do measure "kernel-$model" kernel "$model" --num-iterations 6; done
+}
+
+of_models() { # of_models MODEL...: those of them that $MODELS names
+  local model
+  for model in "$@"; do [[ " ${MODELS:-$*} " == *" $model "* ]] && echo "$model"; done
 }
 
 main() {

@@ -22,6 +22,7 @@ import shutil
 import statistics
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -38,14 +39,18 @@ ARMS = {"stock": "0", "off": "0", "no kernel": "1"}  # and its VLLM_USE_MIRAGE
 def make_sites(root: Path) -> dict[str, Path]:
     """A folder for PYTHONPATH for each arm, whose vllm is the installed one without or with the overlay."""
     sites = {arm: root / arm.replace(" ", "-") for arm in ARMS}
-    for arm, site in sites.items():
-        site.mkdir()
-        package = _copy_stock(site)
-        if arm != "stock":
-            apply_overlay(package)
-        if arm == "no kernel":
-            shutil.rmtree(package / LAYERS / "mirage_kernels")
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(make_site, sites, sites.values()))
     return sites
+
+
+def make_site(arm: str, site: Path) -> None:
+    site.mkdir()
+    package = _copy_stock(site)
+    if arm != "stock":
+        apply_overlay(package)
+    if arm == "no kernel":
+        shutil.rmtree(package / LAYERS / "mirage_kernels")
 
 
 class Engine:

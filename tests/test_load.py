@@ -33,7 +33,13 @@ def server(tmp_path_factory, vllm_overlay, make_tiny):
 
 @pytest.mark.parametrize(
     ("tokens", "expected"),
-    [([5, 6, 7], "equal"), ([5, 6], "equal"), ([5, 9, 1], "tied"), ([5, 8, 7], "differing"), ([5, 6, 7, 7], "differing"), ([9], "differing")],
+    [
+        ([5, 6, 7], "equal"),
+        ([5, 6], "equal"),
+        ([5, 9, 1], "tied"),
+        ([5, 8, 7], "differing"),
+        ([5, 6, 7, 7], "differing"),
+    ],
 )
 def test_only_a_tie_may_change_an_answer(tokens, expected):
     from load_client import Alone
