@@ -393,14 +393,19 @@ class Bench:
         return one_layer(self._profile(graph.replay))
 
     def kernels(self, batches: list[int], vocab: int) -> dict[str, dict[str, list[float]]]:
-        """[calls, µs] of each kernel in a decode step of each batch size, and in a prefill of PREFILL's prompts."""
+        """[calls, µs] of each kernel in a decode step of each batch size, and in a prefill of PREFILL's prompts.
+
+        Only a full batch may be replayed (`fill`): the graphs read what the engine's buffers say of it.
+        """
+        found = {str(batch): self._by_name(self._decode_graphs()[batch].replay) for batch in batches}
         self.prefill(vocab, seed=0)
-        steps = {"prefill": self._prefill} | {str(batch): self._decode_graphs()[batch].replay for batch in batches}
-        found: dict[str, dict[str, list[float]]] = {name: {} for name in steps}
-        for name, step in steps.items():
-            for event in self._profile(step):
-                calls, spent = found[name].get(event["name"], (0, 0.0))
-                found[name][event["name"]] = [calls + 1, spent + event["duration"]]
+        return found | {"prefill": self._by_name(self._prefill)}
+
+    def _by_name(self, step: Callable[[], Any]) -> dict[str, list[float]]:
+        found: dict[str, list[float]] = {}
+        for event in self._profile(step):
+            calls, spent = found.get(event["name"], (0, 0.0))
+            found[event["name"]] = [calls + 1, spent + event["duration"]]
         return found
 
     @staticmethod

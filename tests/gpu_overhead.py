@@ -73,6 +73,10 @@ class Engine:
         times = self.worker.call("prefill", vocab=model.vocab, seed=0)
         return {f"prefill, {name}": ms for name, ms in times.items()}
 
+    def kernels(self, options: argparse.Namespace, model: benchmark.Model) -> dict[str, dict[str, list[float]]]:
+        self.decode(options, model)
+        return self.worker.call("kernels", batches=options.batch_sizes, vocab=model.vocab)
+
     def median(self, name: str) -> float:
         return statistics.median(self.samples[name])
 
@@ -126,8 +130,7 @@ def run(options: argparse.Namespace) -> int:
                 for number in range(-1, options.num_iterations):
                     for engine in engines:
                         engine.measure(number >= 0, step(engine, options, model))
-            first = engines[: len(ARMS)]
-            kernels = {engine.arm: engine.worker.call("kernels", batches=options.batch_sizes, vocab=model.vocab) for engine in first}
+            kernels = {engine.arm: engine.kernels(options, model) for engine in engines[: len(ARMS)]}
             environment = engines[-1].worker.call("describe")
         finally:
             for engine in engines:
