@@ -17,6 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_engine import run_engines
 
+from test_mirage_qwen3 import TOLERANCE, compare_arms, make_tiny_qwen3
+
 pytestmark = pytest.mark.engine
 
 WORKER = Path(__file__).parent / "matrix_worker.py"
@@ -113,8 +115,6 @@ def make_models(root: Path, plain: Path, bf16: Path, other: Path) -> dict[str, P
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory, make_tiny):
-    from test_mirage_qwen3 import make_tiny_qwen3
-
     root = tmp_path_factory.mktemp("matrix")
     other = make_tiny_qwen3(root / "other", dtype="float32", seed=1)
     return make_models(root, make_tiny(dtype="float32"), make_tiny(), other)
@@ -233,7 +233,11 @@ def test_the_path_is_the_rows(results, name):
 def test_the_tokens_are_stocks(results, name):
     if not works(name, results):
         pytest.skip(f"the CPU build stops at {ROWS[name].stops}, on both paths")
-    assert results[f"{name}=1"]["tokens"] == results[f"{name}=0"]["tokens"]
+    stock, ours = (results[f"{name}={switch}"] for switch in "01")
+    if ROWS[name].llm.get("dtype") == "bfloat16":  # q and k are rounded at other places than by the CPU build's attention
+        assert not compare_arms(stock, ours, TOLERANCE["bfloat16"]).failures
+    else:
+        assert ours["tokens"] == stock["tokens"]
 
 
 def test_embeddings_are_stocks(results):
