@@ -518,7 +518,7 @@ def test_ops_are_replaced_in_graphs_for_more_tokens_than_kernels_take(ops, start
 
     arguments = inputs(70, 64, 96, torch.float32)
     module = make_fx(layer, tracing_mode="fake")(*arguments)
-    change = ops.mirage_compile.LargeBatches()
+    change = ops.mirage_compile.LargeBatches(64)
     assert change.is_applicable_for_range(SimpleNamespace(start=start, end=4096)) == bool(replaced)
     if replaced:
         with torch._inductor.virtualized.V.set_fake_mode(next(iter(module.graph.nodes)).meta["val"].fake_mode):
@@ -549,6 +549,33 @@ def test_a_compile_range_ends_where_kernels_do_and_a_users_pass_is_kept(ops, eng
     monkeypatch.setattr(compilation, "inductor_compile_config", {"post_grad_custom_post_pass": "the user's"})
     ops.mirage_compile.settle(attention=False)
     assert compilation.compile_ranges_endpoints == [2048]
+
+
+def test_a_step_without_tokens_has_heads_of_no_rows(ops, step):
+    positions, *others = step.norm_and_rotation
+    q, k = ops.mirage_ops.qk_norm_rope_native(step.qkv[:0], positions[:0], *others, EPS, HEADS, KV_HEADS)
+    assert q.shape == (0, HEADS * HEAD_DIM) and k.shape == (0, KV_HEADS * HEAD_DIM)
+
+
+@pytest.mark.parametrize(("largest_graph", "ends"), [(512, [64, 2048]), (8, [8, 2048]), (0, [2048]), (None, [2048])])
+def test_on_a_gpu_the_ops_stay_only_in_batches_that_a_cuda_graph_holds(ops, engine_config, monkeypatch, largest_graph, ends):
+    from vllm.config import CompilationMode
+
+    compilation = engine_config.compilation_config
+    monkeypatch.setattr(ops.mirage_compile, "current_platform", SimpleNamespace(is_cpu=lambda: False, pass_key="pass"))
+    for name, value in {
+        "mode": CompilationMode.VLLM_COMPILE,
+        "compile_ranges_endpoints": [2048],
+        "inductor_compile_config": {},
+        "max_cudagraph_capture_size": largest_graph,
+    }.items():
+        monkeypatch.setattr(compilation, name, value)
+    ops.mirage_compile.settle(attention=False)
+    assert compilation.compile_ranges_endpoints == ends
+    change = compilation.inductor_compile_config["pass"]
+    last = ends[0] if len(ends) == 2 else 0
+    assert [change.is_applicable_for_range(SimpleNamespace(start=start)) for start in (last, last + 1)] == [False, True]
+    assert change.uuid() != ops.mirage_compile.LargeBatches(last + 1).uuid()
 
 
 def test_heads_are_normalised_and_rotated_as_vllm_does_it(ops, use, build_layer):

@@ -388,11 +388,12 @@ def qk_norm_rope_native(
     Rounds where vLLM's native norm and rotary embedding round. One tensor for q and k, rotated in fp32, cost Inductor two more passes
     over both: prefill of 8B took 4 % longer (H200).
     """
-    tokens, head_dim = qkv.shape[0], q_weight.shape[0]
+    head_dim = q_weight.shape[0]
     cos, sin = cos_sin_cache.index_select(0, positions).unsqueeze(1).chunk(2, dim=-1)  # [tokens, 1, head_dim / 2]
 
     def rotated(heads: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        low, high = rms_norm_native(heads.reshape(tokens, -1, head_dim), None, weight, eps)[0].chunk(2, dim=-1)
+        by_head = heads.unflatten(-1, (-1, head_dim))
+        low, high = rms_norm_native(by_head, None, weight, eps)[0].chunk(2, dim=-1)
         return torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1).flatten(1)
 
     q, k, _ = qkv.split([num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim], dim=-1)
