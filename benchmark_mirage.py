@@ -1224,7 +1224,9 @@ def draw(result: dict[str, Any], path: Path) -> None:
     """
     plt = pyplot()
     metric = PLOTTED[result["level"]]
-    lines = [line for line in result["rows"] if line["metric"] == metric and any(line[arm] for arm in ARMS)]
+    plotted = re.compile(rf"{metric}(, .*)?")  # a decode step may name its context
+    lines = [line for line in result["rows"] if plotted.fullmatch(line["metric"]) and any(line[arm] for arm in ARMS)]
+    lines = [line | {"case": line["case"] + line["metric"].removeprefix(metric)} for line in lines]
     cases = list(dict.fromkeys(line["case"] for line in lines))
     batches = sorted({line["batch"] for line in lines})
     if not lines:
@@ -1238,6 +1240,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
             mine = [line for line in lines if line["case"] == case]
             draw_shares(left, mine, batches, f"C{index}", case, "the stock path" if result["level"] == "kernel" else "stock")
             draw_speedups(right, result, mine, batches, f"C{index}", case)
+        handles, labels = left.get_legend_handles_labels()
+        figure.legend(handles, labels, ncols=min(5, len(cases)), loc="outside lower center", frameon=False, fontsize="small")
     name = f"{cases[0]}, {metric}" if len(cases) == 1 else metric
     left.set_title(f"{name}: time" if len(cases) == 1 else f"{name}: share of the memory floor reached")
     right.set_title(f"{name}: speed-up over {'the stock path' if result['level'] == 'kernel' else 'stock'}")
@@ -1280,7 +1284,6 @@ def draw_shares(
     label_batches(axes, batches)
     axes.set_ylabel(f"% (solid mirage, dashed {stock})")
     axes.set_ylim(0, 105)
-    axes.legend(ncols=2, fontsize="small")
 
 
 def draw_speedups(
@@ -1301,7 +1304,6 @@ def draw_speedups(
     axes.errorbar(x, ratios, [low, high], color=colour, marker="o", ms=4, capsize=3, label=label)
     axes.axhline(1, color=COLOURS["stock"], lw=1)
     axes.set_ylabel("× with 95 % interval (above 1: faster)")
-    axes.legend(ncols=2, fontsize="small")
 
 
 def label_batches(axes: Any, batches: list[int]) -> None:
