@@ -260,6 +260,8 @@ class _Gemm:
         if places != [(places[0][0], i * size) for i in range(len(places))]:
             raise LoweringError(f"The weights of {graph.name} lie at {places}, expected one behind the other in one tensor.")
         self.weight = places[0][0]
+        # inputs of the epilogue, such as the residual stream
+        self.late = [name for op in graph.epilogue() for name in op.inputs if graph.producer(name).kind == "input"]
 
     def _weight_tensor(self, matmul: BlockOperator) -> str:
         tensor = self.block.producer(matmul.inputs[1]).tensor
@@ -283,6 +285,8 @@ class _Gemm:
         yield f"  gemm.start_early(args.{self.weight}, at);"
         yield "  release_next_kernel();"
         yield "  wait_for_previous_kernel();"
+        for tensor in self.late:
+            yield f"  const LateInput<Plan> {tensor}_late(at, args.{tensor}, args.num_tokens);"
         yield from self._load_step()
         yield from self._run()
         yield "  if (Plan::CLUSTER > 1) cluster_wait();  // the other blocks have started: their shared memory may be written"
@@ -340,10 +344,8 @@ class _Gemm:
         yield f"  gemm.finish(shared, at, args.num_tokens, [&](int token, int n, float (&acc)[{len(self.matmuls)}][2]) {{"
         for i, op in enumerate(self.prologue.row_sums):
             yield from (f"    {line}" for line in self.prologue.rms_lines(op, f"row_sum<Plan>(shared, {i}, token)"))
-        late = [name for op in graph.epilogue() for name in op.inputs if graph.producer(name).kind == "input"]
-        for tensor in late:
-            yield f"    const uint32_t {tensor}_pair ="
-            yield f"        load_global_pair(element(args.{tensor}, static_cast<uint64_t>(token) * Plan::N + n));"
+        for tensor in self.late:
+            yield f"    const uint32_t {tensor}_pair = {tensor}_late.pair(at, args.{tensor}, token, n);"
         (output,) = block.of_kind("output")
         result = [tensor.name for tensor in graph.outputs if tensor.name not in self.prologue.stored]
         if len(result) != 1:
@@ -359,7 +361,7 @@ class _Gemm:
             accumulated[accumulator.output or ""] = f"acc[{i}][j]"
         values = self.prologue.after_loop(accumulated)
         values.expression[output.tensor or ""] = values.expression[output.inputs[0]]
-        for tensor in late:
+        for tensor in self.late:
             values.expression[tensor] = f"(j == 0 ? low_to_float({tensor}_pair) : high_to_float({tensor}_pair))"
         for outer in graph.epilogue():
             values.compute(outer.outputs[0], outer.kind, outer.inputs)

@@ -102,15 +102,16 @@ def rms_norm(shape: Shape, *, residual: bool = True) -> KernelGraph:
     return graph
 
 
-def rms_norm_gate_up_silu(shape: Shape) -> KernelGraph:
-    """O = silu(h @ W_gate)·(h @ W_up) with h = rms_norm(X + R)·γ, and S = X + R.
+def rms_norm_gate_up_silu(shape: Shape, *, residual: bool = True) -> KernelGraph:
+    """O = silu(h @ W_gate)·(h @ W_up) with h = rms_norm(X + R)·γ, and S = X + R; without residual h = rms_norm(X)·γ.
 
     vLLM holds gate and up in one parameter W_gate_up [2I, K], the I gate rows first. A block needs the gate and the up
     rows of the same columns, two tiles that lie I rows apart; a tile map cuts one tensor into equal consecutive parts
     and cannot say that. So they are two inputs of the graph, annotated as the two halves of W_gate_up.
     """
-    graph = KernelGraph("rms_norm_gate_up_silu", Annotations(eps=(RuntimeEps("rms", "eps"),), views=GATE_UP))
-    stream = _residual_stream(graph, shape)
+    name = "rms_norm_gate_up_silu" if residual else "rms_norm_gate_up_silu_first"
+    graph = KernelGraph(name, Annotations(eps=(RuntimeEps("rms", "eps"),), views=GATE_UP))
+    stream = _residual_stream(graph, shape) if residual else _activations(graph, "X", shape.num_tokens, shape.k, shape)
     gamma = _activations(graph, "G", 1, shape.k, shape)
     weights = _gate_up_weights(graph, shape)
     block = shape.block()
@@ -121,7 +122,8 @@ def rms_norm_gate_up_silu(shape: Shape) -> KernelGraph:
     block.new_output("O", block.mul("out", block.silu("gate_silu", gate), up), COLUMNS)
     graph.customized([stream, gamma, *weights], block)
     graph.mark_output("O", row_major((shape.num_tokens, shape.n)))
-    graph.mark_output(stream, row_major((shape.num_tokens, shape.k)))
+    if residual:
+        graph.mark_output(stream, row_major((shape.num_tokens, shape.k)))
     return graph
 
 
@@ -196,6 +198,7 @@ OPS: dict[str, Builder] = {
     "rms_norm": rms_norm,
     "rms_norm_first": lambda shape: rms_norm(shape, residual=False),
     "rms_norm_gate_up_silu": rms_norm_gate_up_silu,
+    "rms_norm_gate_up_silu_first": lambda shape: rms_norm_gate_up_silu(shape, residual=False),
     "gate_up_silu": gate_up_silu,
     "linear_residual": linear_residual,
     "linear": lambda shape: linear_residual(shape, residual=False),
@@ -208,6 +211,7 @@ CANONICAL: dict[str, Shape] = {
     "rms_norm": Shape(16, 4096, 4096, grid=16, forloop_range=1),
     "rms_norm_first": Shape(16, 4096, 4096, grid=16, forloop_range=1),
     "rms_norm_gate_up_silu": Shape(16, 4096, 12288, grid=128, forloop_range=32),
+    "rms_norm_gate_up_silu_first": Shape(16, 4096, 12288, grid=128, forloop_range=32),
     "gate_up_silu": Shape(16, 4096, 12288, grid=128, forloop_range=32),
     "linear_residual": Shape(16, 4096, 4096, grid=128, forloop_range=16),
     "linear": Shape(16, 2048, 4096, grid=128, forloop_range=16),

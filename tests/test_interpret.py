@@ -63,6 +63,11 @@ def define_rms_norm_gate_up_silu(a: Arrays, eps: float) -> Arrays:
     return {"O": silu(gate) * up, "S": residual}
 
 
+def define_rms_norm_gate_up_silu_first(a: Arrays, eps: float) -> Arrays:
+    gate, up = np.split(rms_norm(a["X"], a["G"], eps) @ a["W_gate_up"].T, 2, axis=-1)
+    return {"O": silu(gate) * up}
+
+
 def define_gate_up_silu(a: Arrays, eps: float) -> Arrays:
     gate, up = np.split(a["X"] @ a["W_gate_up"].T, 2, axis=-1)
     return {"O": silu(gate) * up}
@@ -82,6 +87,7 @@ DEFINITIONS: dict[str, Callable[[Arrays, float], Arrays]] = {
     "rms_norm": define_rms_norm,
     "rms_norm_first": define_rms_norm_first,
     "rms_norm_gate_up_silu": define_rms_norm_gate_up_silu,
+    "rms_norm_gate_up_silu_first": define_rms_norm_gate_up_silu_first,
     "gate_up_silu": define_gate_up_silu,
     "linear_residual": define_linear_residual,
     "linear": define_linear,

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from .compiler import CompileError
-from .kernels import DecodeAttention, Linear, NormGemm
+from .kernels import DecodeAttention, Linear, LinearResidual, NormGemm
 from .plans import GEMM_OPS, AttentionPlan, Plan, attention_plans_for, heuristic, plans_for
 
 MIN_CAPABILITY = 80  # bf16 mma
@@ -25,7 +25,7 @@ MIN_CAPABILITY = 80  # bf16 mma
 
 def prepare(
     op: str, *, k: int, n: int, dtype: torch.dtype, device: torch.device, plans: list[Plan] | None = None, overlap: bool = True
-) -> NormGemm | Linear | str:
+) -> NormGemm | Linear | LinearResidual | str:
     """The kernel of a GEMM op, compiled and loaded now, or one sentence why none can run.
 
     op is a name of plans.GEMM_OPS; n counts the columns of one of its weights [n, k]. Call it before graph capture. `plans` overrides
@@ -35,7 +35,7 @@ def prepare(
     if op not in GEMM_OPS:
         return f"there is no kernel for the op {op}"
 
-    kind = Linear if op == "linear" else NormGemm
+    kind = {"linear": Linear, "linear_residual": LinearResidual}.get(op, NormGemm)
 
     def build(arch: str, device: torch.device) -> Any:
         found = plans if plans is not None else plans_for(op, k, n, arch)

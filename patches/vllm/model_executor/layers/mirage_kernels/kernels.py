@@ -108,6 +108,17 @@ class Linear(Gemm):
         return out
 
 
+class LinearResidual(Gemm):
+    """x @ weight.T + residual for up to `max_tokens` tokens on one device."""
+
+    def __call__(self, x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """x [num_tokens, K], weight [n, K], residual [num_tokens, n] → [num_tokens, n]"""
+        num_tokens = x.shape[0]
+        out = x.new_empty((num_tokens, self.n))
+        self.kernels_for(num_tokens)[0](out.data_ptr(), x.data_ptr(), weight.data_ptr(), residual.data_ptr(), num_tokens)
+        return out
+
+
 class DecodeAttention:
     """q/k RMSNorm + RoPE + KV-cache write + paged attention for one new token of each of up to `max_tokens` requests on one device."""
 

@@ -259,6 +259,20 @@ MIRAGE_DEVICE void store_output(Position<S> const &at, void *tensor, int num_tok
   if (token < num_tokens && (token * (S::K / kStep) + k / kStep) % S::GRID == at.cluster)
     store_global(element(tensor, static_cast<uint64_t>(token) * S::K + k), pack(values));
 }
+// A tensor [num_tokens, N] that the epilogue reads. What a thread finishes first is asked for before the GEMM: behind it, it would be waited for.
+template <class S>
+struct LateInput {
+  static constexpr int SHARE = S::ROWS / 2 / S::CLUSTER;  // pairs of neighbouring n that a block finishes of each token, in the order of its threads
+  uint32_t first = 0;
+  MIRAGE_DEVICE LateInput(Position<S> const &at, void const *tensor, int num_tokens) {
+    const int token = at.thread / SHARE, n = at.cluster * S::ROWS + (at.rank * SHARE + at.thread % SHARE) * 2;
+    if (token < num_tokens) first = load_global_pair(element(tensor, static_cast<uint64_t>(token) * S::N + n));
+  }
+  MIRAGE_DEVICE uint32_t pair(Position<S> const &at, void const *tensor, int token, int n) const {
+    if (token * SHARE + n / 2 % SHARE == at.thread) return first;
+    return load_global_pair(element(tensor, static_cast<uint64_t>(token) * S::N + n));
+  }
+};
 // Leaves this warp's share of a sum over a row of the activations where every block of the cluster finds it after a barrier.
 template <class S>
 MIRAGE_DEVICE void store_row_sum(unsigned char *shared, Position<S> const &at, int index, int tile, float sum) {

@@ -28,10 +28,12 @@ class GemmOp:
 
     weights   weights [n, k] that lie one behind the other in the weight tensor; n counts the columns of one
     sources   by schedule: for each variant (with residual; where the op has it, without) the kernels that run in order
+    measured_only   a shape that nobody measured has no plan: the op is a choice that may as well be slower
     """
 
     weights: int
     sources: dict[str, tuple[tuple[str, ...], ...]]
+    measured_only: bool = False
 
 
 GEMM_OPS = {
@@ -42,8 +44,15 @@ GEMM_OPS = {
             "split": (("rms_norm", "linear"), ("rms_norm_first", "linear")),
         },
     ),
-    "rms_norm_gate_up_silu": GemmOp(2, {"fused": (("rms_norm_gate_up_silu",),), "split": (("rms_norm", "gate_up_silu"),)}),
+    "rms_norm_gate_up_silu": GemmOp(
+        2,
+        {
+            "fused": (("rms_norm_gate_up_silu",), ("rms_norm_gate_up_silu_first",)),
+            "split": (("rms_norm", "gate_up_silu"), ("rms_norm_first", "gate_up_silu")),
+        },
+    ),
     "linear": GemmOp(1, {"split": (("linear",),)}),
+    "linear_residual": GemmOp(1, {"split": (("linear_residual",),)}, measured_only=True),
 }
 
 
@@ -153,6 +162,8 @@ def read_table(path: Path) -> dict:
 def plans_for(op: str, k: int, n: int, arch: str) -> list[Plan] | str:
     """Plans by rising token limit, or one sentence why there are none. Above the last limit the stock path is faster or unmeasured."""
     found = _measured(op, f"{k}x{n}", arch)
+    if GEMM_OPS[op].measured_only and not isinstance(found, list):
+        return f"nobody measured that {op} is faster for {k}x{n} on {arch}"
     if isinstance(found, str):
         return found
     if found is not None:

@@ -1,0 +1,54 @@
+// SPDX-License-Identifier: Apache-2.0
+// Generated from the μGraph linear_residual by `python -m mirage_codegen generate`; not to be edited.
+//   P = for each block and iteration:
+//     x = input(X)
+//     w = input(W)
+//     product = matmul(x, w)
+//     acc = forloop_accum_no_red(product)
+//     P = output(acc)
+//   O = add(P, R)
+#include "mirage_runtime.cuh"
+
+struct Arguments {
+  void *O;
+  void const *X;
+  void const *W;
+  void const *R;
+  int num_tokens;
+};
+
+using Plan = mirage::Schedule<MIRAGE_K, MIRAGE_N, MIRAGE_TOKENS, MIRAGE_GRID, MIRAGE_FORLOOP, MIRAGE_CLUSTER, MIRAGE_WARPS,
+                              MIRAGE_STAGES, MIRAGE_EARLY, MIRAGE_PREFETCH, 1, 1, 0, 0>;
+
+extern "C" __device__ const int mirage_launch_shape[4] = {
+    Plan::GRID * Plan::CLUSTER, Plan::THREADS, Plan::CLUSTER, Plan::SHARED_BYTES};
+
+extern "C" __global__ void __launch_bounds__(Plan::THREADS, MIRAGE_OCCUPANCY) linear_residual(Arguments args) {
+  using namespace mirage;
+  MIRAGE_SHARED(shared);
+  const Position<Plan> at;
+  if (Plan::CLUSTER > 1) cluster_arrive();
+  SkinnyGemm<Plan> gemm(args.W, at);
+  gemm.start_early(args.W, at);
+  release_next_kernel();
+  wait_for_previous_kernel();
+  const LateInput<Plan> R_late(at, args.R, args.num_tokens);
+  auto load_step = [&](int step, Fragments<Plan> &f) {
+    MIRAGE_UNROLL
+    for (int c = 0; c < Plan::TOKEN_TILES; ++c) {
+      f.input[0][c] = load_input<Plan>(at, args.X, args.num_tokens, c, step);
+    }
+  };
+  gemm.run(load_step, [&](int, int c, Fragments<Plan> const &f) { return f.input[0][c]; });
+  if (Plan::CLUSTER > 1) cluster_wait();  // the other blocks have started: their shared memory may be written
+  gemm.finish(shared, at, args.num_tokens, [&](int token, int n, float (&acc)[1][2]) {
+    const uint32_t R_pair = R_late.pair(at, args.R, token, n);
+    float result[2];
+    MIRAGE_UNROLL
+    for (int j = 0; j < 2; ++j) {
+      const float O = acc[0][j] + (j == 0 ? low_to_float(R_pair) : high_to_float(R_pair));
+      result[j] = O;
+    }
+    store_global(element(args.O, static_cast<uint64_t>(token) * Plan::N + n), to_pair(result[0], result[1]));
+  });
+}

@@ -1,0 +1,82 @@
+// SPDX-License-Identifier: Apache-2.0
+// Generated from the μGraph rms_norm_gate_up_silu_first by `python -m mirage_codegen generate`; not to be edited.
+//   O = for each block and iteration:
+//     s = input(X)
+//     g = input(G)
+//     s_scaled = mul(s, g)
+//     w_gate = input(W_gate)
+//     product_gate = matmul(s_scaled, w_gate)
+//     acc_gate = forloop_accum_no_red(product_gate)
+//     w_up = input(W_up)
+//     product_up = matmul(s_scaled, w_up)
+//     acc_up = forloop_accum_no_red(product_up)
+//     rms = forloop_accum_red_ld_rms(s)
+//     gate = div(acc_gate, rms)
+//     up = div(acc_up, rms)
+//     gate_silu = silu(gate)
+//     out = mul(gate_silu, up)
+//     O = output(out)
+#include "mirage_runtime.cuh"
+
+struct Arguments {
+  void *O;
+  void const *X;
+  void const *G;
+  void const *W_gate_up;
+  int num_tokens;
+  float eps;
+};
+
+using Plan = mirage::Schedule<MIRAGE_K, MIRAGE_N, MIRAGE_TOKENS, MIRAGE_GRID, MIRAGE_FORLOOP, MIRAGE_CLUSTER, MIRAGE_WARPS,
+                              MIRAGE_STAGES, MIRAGE_EARLY, MIRAGE_PREFETCH, 2, 1, 1, 1>;
+
+extern "C" __device__ const int mirage_launch_shape[4] = {
+    Plan::GRID * Plan::CLUSTER, Plan::THREADS, Plan::CLUSTER, Plan::SHARED_BYTES};
+
+extern "C" __global__ void __launch_bounds__(Plan::THREADS, MIRAGE_OCCUPANCY) rms_norm_gate_up_silu_first(Arguments args) {
+  using namespace mirage;
+  MIRAGE_SHARED(shared);
+  const Position<Plan> at;
+  if (Plan::CLUSTER > 1) cluster_arrive();
+  SkinnyGemm<Plan> gemm(args.W_gate_up, at);
+  gemm.start_early(args.W_gate_up, at);
+  release_next_kernel();
+  wait_for_previous_kernel();
+  auto load_step = [&](int step, Fragments<Plan> &f) {
+    f.vector[0] = load_vector<Plan>(at, args.G, step);
+    MIRAGE_UNROLL
+    for (int c = 0; c < Plan::TOKEN_TILES; ++c) {
+      f.input[0][c] = load_input<Plan>(at, args.X, args.num_tokens, c, step);
+    }
+  };
+  float sum_0[Plan::TOKEN_TILES] = {};
+  gemm.run(load_step, [&](int step, int c, Fragments<Plan> const &f) {
+    float X[kVector], G[kVector], operand[kVector];
+    unpack(f.input[0][c], X);
+    unpack(f.vector[0], G);
+    MIRAGE_UNROLL
+    for (int e = 0; e < kVector; ++e) {
+      const float s_scaled = X[e] * G[e];
+      sum_0[c] += X[e] * X[e];
+      operand[e] = s_scaled;
+    }
+    return pack(operand);
+  });
+  if (Plan::CLUSTER > 1) cluster_wait();  // the other blocks have started: their shared memory may be written
+  MIRAGE_UNROLL
+  for (int c = 0; c < Plan::TOKEN_TILES; ++c) store_row_sum<Plan>(shared, at, 0, c, sum_0[c]);
+  gemm.finish(shared, at, args.num_tokens, [&](int token, int n, float (&acc)[2][2]) {
+    const float rms = sqrtf(row_sum<Plan>(shared, 0, token) * (1.0f / Plan::K) + args.eps);
+    const float inverse_rms = 1.0f / rms;
+    float result[2];
+    MIRAGE_UNROLL
+    for (int j = 0; j < 2; ++j) {
+      const float gate = acc[0][j] * inverse_rms;
+      const float up = acc[1][j] * inverse_rms;
+      const float gate_silu = silu(gate);
+      const float out = gate_silu * up;
+      result[j] = out;
+    }
+    store_global(element(args.O, static_cast<uint64_t>(token) * Plan::N + n), to_pair(result[0], result[1]));
+  });
+}
