@@ -110,7 +110,10 @@ SABOTAGES = {  # (stand-in, body of its wrong __call__)
         "return _right(self, arguments[0], torch.zeros_like(arguments[1]))",
     ),
     "positions one too far": ("FusedAttention", "return _right(self, arguments[0] + (arguments[0] > 3), arguments[1])"),
-    "one column of a projection lost": ("FusedLinear", "return _right(self, arguments[0] * (torch.arange(arguments[0].shape[1]) > 0))"),
+    "one column of a projection lost": (
+        "FusedLinear",
+        "return _right(self, arguments[0] * (torch.arange(arguments[0].shape[1]) > 0), arguments[1])",
+    ),
 }
 
 

@@ -45,15 +45,25 @@ def add_norm_gate_up_silu(x: torch.Tensor, residual: torch.Tensor, gamma: torch.
     return F.silu(gate_up[..., :half]) * gate_up[..., half:], total
 
 
+def norm_gate_up_silu(x: torch.Tensor, gamma: torch.Tensor, weight: torch.Tensor, eps: float) -> Tensors:
+    return add_norm_gate_up_silu(x, torch.zeros_like(x), gamma, weight, eps)[:1]
+
+
 def linear(x: torch.Tensor, weight: torch.Tensor, name: str) -> Tensors:
     return (x @ weight.T,)
+
+
+def linear_residual(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, name: str) -> Tensors:
+    return (x @ weight.T + residual,)
 
 
 OPS = {
     "norm_qkv": Op(("lead k", "k", "n k"), norm_qkv),
     "add_norm_qkv": Op(("lead k", "lead k", "k", "n k"), add_norm_qkv),
     "add_norm_gate_up_silu": Op(("lead k", "lead k", "k", "2n k"), add_norm_gate_up_silu),
+    "norm_gate_up_silu": Op(("lead k", "k", "2n k"), norm_gate_up_silu),
     "linear": Op(("lead k", "n k"), linear, ("o_proj", "down_proj")),
+    "linear_residual": Op(("lead k", "n k", "lead n"), linear_residual, ("o_proj", "down_proj")),
 }
 
 # ---------------------------------------------------------------------------------------------------------- inputs

@@ -57,14 +57,14 @@ class KeepQuery(nn.Module):
 
 @pytest.fixture
 def build_layer(engine_config):
-    """build_layer(cls): a bf16 decoder layer with random weights; without `attention`, which needs a KV cache, q is attention's output."""
+    """build_layer(cls): a decoder layer with random weights; without `attention`, which needs a KV cache, q is attention's output."""
     from vllm.utils.torch_utils import set_default_torch_dtype
 
-    def build(cls, name="model.layers.0", attention=False):
+    def build(cls, name="model.layers.0", attention=False, dtype=torch.bfloat16):
         engine_config.compilation_config.static_forward_context.clear()
         torch.manual_seed(0)
         hf_config = engine_config.model_config.hf_config
-        with set_default_torch_dtype(torch.bfloat16):
+        with set_default_torch_dtype(dtype):
             layer = cls(hf_config, cache_config=engine_config.cache_config, prefix=name)
         layer.self_attn.rotary_emb = copy.deepcopy(layer.self_attn.rotary_emb)  # vLLM shares one among all layers
         if not attention:
@@ -89,10 +89,10 @@ def finish_loading(layer):
             module.quant_method.process_weights_after_loading(module)
 
 
-def layer_inputs(residual):
+def layer_inputs(residual, dtype=torch.bfloat16):
     """positions, hidden_states, residual or None."""
     generator = torch.Generator().manual_seed(1)
-    x, r = torch.randn(2, 5, HIDDEN, generator=generator).to(torch.bfloat16)
+    x, r = torch.randn(2, 5, HIDDEN, generator=generator).to(dtype)
     return torch.arange(5), x, r if residual else None
 
 
@@ -110,18 +110,29 @@ class Op(NamedTuple):
     norm: bool = True
     residual: bool = True
     gated: bool = False
+    adds: bool = False  # a residual to its output
 
     def arguments(self, x, residual, gamma, weight):
         """What the op takes of those."""
+        if self.adds:
+            return x, weight, as_wide(residual, weight), self.counter
         inputs = [x, *([residual] if self.residual else []), *([gamma] if self.norm else []), weight]
         return *inputs, EPS if self.norm else self.counter
+
+
+def as_wide(residual, weight):
+    """residual [..., k], repeated to [..., n] of weight [n, k]."""
+    n, k = weight.shape
+    return residual.repeat(*[1] * (residual.dim() - 1), n // k + 1)[..., :n].clone(memory_format=torch.contiguous_format)
 
 
 GEMMS = {
     "norm_qkv": Op("rms_norm_linear", "norm_qkv", residual=False),
     "add_norm_qkv": Op("rms_norm_linear", "norm_qkv"),
     "add_norm_gate_up_silu": Op("rms_norm_gate_up_silu", "norm_gate_up", gated=True),
+    "norm_gate_up_silu": Op("rms_norm_gate_up_silu", "norm_gate_up", residual=False, gated=True),
     "linear": Op("linear", "down_proj", norm=False, residual=False),
+    "linear_residual": Op("linear_residual", "o_proj", norm=False, residual=False, adds=True),
 }
 each_gemm = pytest.mark.parametrize("name", GEMMS)
 
@@ -152,6 +163,8 @@ def in_float64(name, x, residual, gamma, weight):
         total = total + residual.double()
     normed = total * torch.rsqrt(total.pow(2).mean(-1, keepdim=True) + EPS) * gamma.double() if op.norm else total
     out = F.linear(normed, weight.double())
+    if op.adds:
+        out = out + as_wide(residual, weight).double()
     return silu_and_mul(out) if op.gated else out, total
 
 
@@ -165,6 +178,8 @@ def unfused(name, x, residual, gamma, weight):
     elif op.norm:
         x = rms_norm.impls["native"].impl_fn(x, gamma, EPS)
     out = F.linear(x, weight)
+    if op.adds:
+        out = out + as_wide(residual, weight)
     return silu_and_mul(out) if op.gated else out, total
 
 
@@ -233,7 +248,7 @@ class RecordingKernel:
 
     def __call__(self, x, *others):
         out = x.new_full((x.shape[0], self.n), 7.0)
-        if len(others) == 1:  # linear: the weight alone
+        if len(others) <= 2:  # a projection: its weight, and perhaps the residual
             return out
         return out, None if others[0] is None else others[0].clone()
 
@@ -267,7 +282,7 @@ def test_the_kernel_takes_small_batches_and_torch_the_rest(ops, use, name):
 
 def test_a_kernel_of_another_op_or_dtype_is_not_taken(ops, use):
     x, _, _, weight = inputs(2, 64, 96, torch.bfloat16)
-    for op, dtype in (("rms_norm_linear", torch.bfloat16), ("linear", torch.float16)):
+    for op, dtype in (("rms_norm_linear", torch.bfloat16), ("linear", torch.float16), ("linear_residual", torch.bfloat16)):
         ops.mirage_ops.kernels[op, 64, 96, dtype, x.device] = RecordingKernel()
     ops.mirage_ops.kernels["linear", 64, 96, torch.bfloat16, x.device] = "a reason"
     assert not (torch.ops.vllm_mirage.linear(x, weight, "o_proj") == 7).any()
@@ -498,7 +513,9 @@ def test_the_bodies_for_large_batches_give_what_the_ops_give(ops, step):
         mirage.norm_qkv.default: (x, gamma, weight, EPS),
         mirage.add_norm_qkv.default: (x, residual, gamma, weight, EPS),
         mirage.add_norm_gate_up_silu.default: (x, residual, gamma, weight, EPS),
+        mirage.norm_gate_up_silu.default: (x, gamma, weight, EPS),
         mirage.linear.default: (x, weight, "o_proj"),
+        mirage.linear_residual.default: (x, weight, as_wide(residual, weight), "o_proj"),
         mirage.qk_norm_rope.default: qk_arguments,
     }
     assert set(cases) == set(compiled.BODIES)
@@ -531,6 +548,30 @@ def test_ops_are_replaced_in_graphs_for_more_tokens_than_kernels_take(ops, start
         torch.testing.assert_close(ours, expected)
 
 
+@pytest.mark.parametrize(("start", "left"), [(1, ["linear_residual", "qk_norm_rope"]), (33, ["qk_norm_rope"]), (65, [])])
+def test_between_the_gemms_kernels_and_attentions_only_the_gemms_are_replaced(ops, step, start, left):
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from vllm.compilation.passes.inductor_pass import pass_context
+
+    def layer(qkv, weight, residual):
+        out = torch.ops.vllm_mirage.linear_residual(qkv, weight, residual, "o_proj")
+        q, _ = torch.ops.vllm_mirage.qk_norm_rope(qkv, *step.norm_and_rotation, EPS, HEADS, KV_HEADS, NAME)
+        return out, q
+
+    arguments = step.qkv, torch.randn(32, step.qkv.shape[1]).bfloat16(), torch.randn(TOKENS, 32).bfloat16()
+    step.metadata.max_query_len = 2  # no attention kernel
+    module = make_fx(layer, tracing_mode="fake", _allow_non_fake_inputs=True)(*arguments)
+    change, tokens = ops.mirage_compile.LargeBatches(64, 32), SimpleNamespace(start=start)
+    assert change.is_applicable_for_range(tokens) == (start > 32)
+    if start > 32:
+        fake_mode = next(iter(module.graph.nodes)).meta["val"].fake_mode
+        with torch._inductor.virtualized.V.set_fake_mode(fake_mode), pass_context(tokens):
+            change(module.graph)
+        module.recompile()
+    targets = [str(node.target).split(".") for node in module.graph.nodes if "vllm_mirage" in str(node.target)]
+    assert [name for _, name, _ in targets] == left
+
+
 def test_a_compile_range_ends_where_kernels_do_and_a_users_pass_is_kept(ops, engine_config, monkeypatch):
     from vllm.config import CompilationMode
 
@@ -555,6 +596,35 @@ def test_a_step_without_tokens_has_heads_of_no_rows(ops, step):
     positions, *others = step.norm_and_rotation
     q, k = ops.mirage_ops.qk_norm_rope_native(step.qkv[:0], positions[:0], *others, EPS, HEADS, KV_HEADS)
     assert q.shape == (0, HEADS * HEAD_DIM) and k.shape == (0, KV_HEADS * HEAD_DIM)
+
+
+@pytest.mark.parametrize(
+    ("before", "limits", "ends", "pass_limits"),
+    [
+        ([2048], [32], [32, 64, 2048], (64, 32)),
+        ([2048], [32, 16, None], [16, 32, 64, 2048], (64, 16)),  # the lowest counts
+        ([2048], [None, 64], [64, 2048], (64, 64)),
+        ([50], [32], [32, 50], (64, 32)),  # an engine for few tokens
+        ([24], [32], [24], None),
+    ],
+)
+def test_a_range_more_ends_where_projections_that_add_have_kernels(ops, engine_config, monkeypatch, before, limits, ends, pass_limits):
+    from vllm.config import CompilationMode
+
+    compilation = engine_config.compilation_config
+    for name, value in {
+        "mode": CompilationMode.VLLM_COMPILE,
+        "compile_ranges_endpoints": before,
+        "inductor_compile_config": {},
+    }.items():
+        monkeypatch.setattr(compilation, name, value)
+    for limit in (None, *limits):  # the other ops of the layer come first
+        ops.mirage_compile.settle(attention=False, gemms=limit)
+    assert compilation.compile_ranges_endpoints == ends
+    found = [(change.last, change.gemms) for change in compilation.inductor_compile_config.values()]
+    assert found == ([] if pass_limits is None else [pass_limits])
+    for change in compilation.inductor_compile_config.values():
+        assert (change.uuid() == ops.mirage_compile.LargeBatches(64).uuid()) == (pass_limits == (64, 64))
 
 
 @pytest.mark.parametrize(("largest_graph", "ends"), [(512, [64, 2048]), (8, [8, 2048]), (0, [2048]), (None, [2048])])
@@ -938,6 +1008,180 @@ def test_on_a_gpu_an_op_without_a_kernel_is_stock(ops, use, build_layer, monkeyp
     assert set(build_layer(layer_class()).fused) == set(GEMM_OPS)  # the CPU's attention is not FlashAttention
 
 
+# ----------------------------------------------------------------------------------- the residual in the projections
+class AddingKernel:
+    """In place of a kernel of linear_residual: adds with PyTorch's operators."""
+
+    max_tokens = 32
+
+    def __init__(self, k, n):
+        self.name = f"linear_residual {k}→{n}"
+
+    def __call__(self, x, weight, residual):
+        return F.linear(x, weight) + residual
+
+
+@pytest.fixture
+def adding(ops, use, engine_config, monkeypatch):
+    """An engine that compiles for ranges of token counts, on a machine whose plan table lets projections add the residual."""
+    from vllm.config import CompilationMode
+
+    use("1")
+    compilation, prepared = engine_config.compilation_config, ops.mirage_ops._prepared
+    monkeypatch.setattr(compilation, "mode", CompilationMode.VLLM_COMPILE)
+    monkeypatch.setattr(compilation, "compile_ranges_endpoints", [2048])
+    monkeypatch.setattr(compilation, "inductor_compile_config", {})
+
+    def has_adding_kernels(key, prepare):
+        if key[0] != "linear_residual":
+            return prepared(key, prepare)
+        return ops.mirage_ops.kernels.setdefault(key, AddingKernel(*key[1:3]))
+
+    monkeypatch.setattr(ops.mirage_ops, "_prepared", has_adding_kernels)
+    return compilation
+
+
+def adders(layer):
+    """The projections of a layer that add the residual."""
+    return {op for op in ("o_proj", "down_proj") if op in layer.fused and layer.fused[op].adds_residual}
+
+
+def test_projections_add_the_residual_where_that_was_measured_to_be_faster(ops, adding, build_layer):
+    layers = [build_layer(layer_class(), f"model.layers.{index}") for index in range(3)]
+    assert [adders(layer) for layer in layers] == [{"o_proj", "down_proj"}] * 2 + [{"o_proj"}]
+    assert adding.compile_ranges_endpoints == [32, 64, 2048]
+    report = {(entry["name"][-1], entry["op"]): entry for entry in ops.mirage_report()["layers"]}
+    for (index, op), entry in report.items():
+        adds = op == "o_proj" or (op == "down_proj" and index != "2")
+        assert entry["path"] == ("stock" if op == "attention" else "fused")  # build_layer took the attention away
+        assert (entry["kernel"] or "").startswith("linear_residual") == adds
+    assert "down_proj: kernel linear_residual" in ops._summary(list(ops._plans.values()))
+    json.dumps(ops.mirage_report())
+
+
+def test_without_such_a_measurement_nothing_changes(ops, use, adding, build_layer, monkeypatch):
+    """Neither the graph's key, nor the report, nor the ranges."""
+    described = []
+    for reason in ("nobody measured", None):
+        ops.mirage_ops.kernels.clear()
+        ops._plans.clear()
+        adding.compile_ranges_endpoints = [2048]
+        adding.inductor_compile_config.clear()
+        monkeypatch.setattr(ops, "why_not_residual", lambda proj, last: None if reason else "never asked")  # noqa: B023
+        monkeypatch.setattr(ops.mirage_ops, "_prepared", lambda key, prepare: ops.mirage_ops.kernels.setdefault(key, "nobody measured"))
+        layer = build_layer(layer_class())
+        assert adders(layer) == set()
+        [change] = adding.inductor_compile_config.values()
+        report = {name: value for name, value in ops.mirage_report().items() if name != "calls"}
+        described.append((report, ops._graph_state(), adding.compile_ranges_endpoints, change.uuid()))
+    assert described[0] == described[1]
+    assert "residual" not in json.dumps(described[0])
+
+
+def test_the_compile_cache_key_tells_where_the_residual_is_added(ops, adding, build_layer):
+    first = build_layer(layer_class())
+    state = ops._graph_state()
+    assert "down_proj=fused+residual" in state and "o_proj=fused+residual" in state
+    first.mlp.down_proj = Wrapper(first.mlp.down_proj)
+    assert "down_proj=stock" in ops._graph_state() and "down_proj=fused" not in ops._graph_state()
+    first.fused["o_proj"].adds_residual = False
+    assert "residual" not in ops._graph_state()
+
+
+NO_ADAPTIVE = SimpleNamespace(enable_adaptive_verification=False)  # all that building a layer asks of it
+
+
+def _shorter_kernels(ops, monkeypatch, engine_config):
+    monkeypatch.setattr(ops.FusedRMSNormQKV, "prepare", lambda self: SimpleNamespace(name="longer", max_tokens=64))
+
+
+@pytest.mark.parametrize(
+    ("change", "adds"),
+    [
+        (lambda ops, monkeypatch, config: None, {"o_proj", "down_proj"}),
+        (lambda ops, monkeypatch, config: monkeypatch.setenv("VLLM_MIRAGE_OPS", "o_proj,down_proj"), set()),
+        (lambda ops, monkeypatch, config: monkeypatch.setenv("VLLM_MIRAGE_OPS", "o_proj,norm_gate_up"), {"o_proj"}),
+        (lambda ops, monkeypatch, config: monkeypatch.setenv("VLLM_MIRAGE_OPS", "norm_qkv,down_proj"), {"down_proj"}),
+        (lambda ops, monkeypatch, config: monkeypatch.setattr(config, "speculative_config", NO_ADAPTIVE), set()),
+        (lambda ops, monkeypatch, config: monkeypatch.setattr(config.compilation_config, "mode", 0), set()),
+        (lambda ops, monkeypatch, config: monkeypatch.setattr(config.compilation_config, "compile_ranges_endpoints", None), set()),
+        (
+            lambda ops, monkeypatch, config: config.compilation_config.inductor_compile_config.update(post_grad_custom_post_pass="theirs"),
+            set(),
+        ),
+        (_shorter_kernels, set()),
+        (lambda ops, monkeypatch, config: monkeypatch.setattr(ops, "_is_last_layer", lambda *_: True), {"o_proj"}),
+    ],
+    ids=[
+        *("nothing", "no norm is fused", "attention's side", "the MLP's side", "speculative decoding", "eager", "no ranges"),
+        *("the user's own pass", "kernels that end earlier", "the last layer"),
+    ],
+)
+def test_what_forbids_a_projection_to_add_the_residual(ops, adding, build_layer, engine_config, monkeypatch, change, adds):
+    change(ops, monkeypatch, engine_config)
+    assert adders(build_layer(layer_class())) == adds
+
+
+def test_a_sharded_projection_leaves_the_residual_behind_the_all_reduce(ops, adding, build_layer):
+    layer = build_layer(layer_class())
+    layer.mlp.down_proj.tp_size = 2
+    assert "all-reduce" in ops.why_not_residual(layer.mlp.down_proj, last=False)
+    assert ops.why_not_residual(layer.self_attn.o_proj, last=False) is None
+
+
+def subsets(names):
+    return [{name for i, name in enumerate(names) if mask >> i & 1} for mask in range(1 << len(names))]
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_whatever_is_in_place_two_layers_answer_as_stock(ops, adding, build_layer, first):
+    """Each combination of fused ops in a layer and the next (or, where one projection adds, none and all there).
+
+    LoRA, for one, may take any op away after the layers were built.
+    """
+    layers = [build_layer(layer_class(), f"model.layers.{index}", dtype=torch.float32) for index in range(2)]
+    for layer in layers:
+        finish_loading(layer)
+    built = [dict(layer.fused) for layer in layers]
+    positions, x, residual = layer_inputs(not first, torch.float32)
+
+    def run(*in_place):
+        state = x, residual
+        for layer, stand_ins, ops_there in zip(layers, built, in_place, strict=True):
+            layer.fused = {op: stand_in for op, stand_in in stand_ins.items() if op in ops_there}
+            state = layer(positions, *state)
+        return state[0] if state[1] is None else state[0] + state[1]
+
+    stock = run(set(), set())
+    for adds in subsets(("o_proj", "down_proj")):
+        for stand_ins in built:
+            for op in ("o_proj", "down_proj"):
+                stand_ins[op].adds_residual = op in adds
+        for here in subsets(GEMM_OPS):
+            for there in subsets(GEMM_OPS) if len(adds) == 2 else (set(), set(GEMM_OPS)):
+                torch.testing.assert_close(run(here, there), stock, rtol=1e-5, atol=1e-5, msg=f"{adds} {here} {there}")
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("part", "name"), [("self_attn", "qkv_proj"), ("self_attn", "o_proj"), ("mlp", "gate_up_proj"), ("mlp", "down_proj")])
+def test_a_replaced_projection_counts_where_the_residual_is_added_before_it(ops, adding, build_layer, part, name, compiled):
+    layer = build_layer(layer_class(), dtype=torch.float32)
+    assert adders(layer) == {"o_proj", "down_proj"}
+    finish_loading(layer)
+    torch._dynamo.reset()  # it counts recompilations of a forward, whichever layer's
+    run = torch.compile(layer, backend="eager", fullgraph=True) if compiled else layer
+    given = layer_inputs(True, torch.float32)
+    before, nothing = run(*given)
+    assert nothing is None and calls_of(ops, "kernel") == {"o_proj": 1, "down_proj": 1}
+    setattr(getattr(layer, part), name, Wrapper(getattr(getattr(layer, part), name)))
+    hidden_states, residual = run(*given)
+    after = hidden_states if residual is None else hidden_states + residual
+    layer.fused = {}
+    stock, residual = layer(*given)
+    torch.testing.assert_close(after, stock + residual, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(before, after)
+
+
 class Wrapper(nn.Module):
     """What LoRA, for one, puts in a projection's place after the layer was built."""
 
@@ -965,6 +1209,7 @@ def test_a_replaced_projection_takes_the_stock_path(ops, use, build_layer, op, p
     use("1")
     layer = build_layer(layer_class())
     finish_loading(layer)
+    torch._dynamo.reset()  # it counts recompilations of a forward, whichever layer's
     run = torch.compile(layer, backend="eager", fullgraph=True) if compiled else layer
     before = run(*layer_inputs(True))
     assert calls_of(ops) == dict.fromkeys(GEMM_OPS, 1)

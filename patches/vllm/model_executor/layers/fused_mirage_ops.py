@@ -16,7 +16,7 @@ a kernel is not used at all: the layer's own modules run.
 
 import os
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -95,7 +95,7 @@ def _graph_state() -> str:
     A kernel's presence is left out on purpose: the op hides it, the graph is the same.  No layer names either:
     the ranks of a pipeline then share one key, as vLLM intends.
     """
-    paths = sorted({f"{plan.op}={plan.path()}" for plan in _plans.values()})
+    paths = sorted({f"{plan.op}={plan.path()}{'+residual' * plan.adds_residual()}" for plan in _plans.values()})
     return f"{mirage_ops.OP_SCHEMA}:{'+'.join(paths)}"
 
 
@@ -151,6 +151,21 @@ def why_not_linear(proj: RowParallelLinear) -> str | None:
     if config is not None and proj.tp_size > 1 and getattr(config.compilation_config.pass_config, "fuse_gemm_comms", False):
         return "the GEMM + communication fusion must see the projection"
     return _why_not_lora(_suffix(proj), (_suffix(proj),))
+
+
+def why_not_residual(proj: RowParallelLinear, last: bool) -> str | None:
+    """The reason why a fused projection must leave the residual to the norm that follows, or None.
+
+    last: the projection ends the last layer of a pipeline rank, behind which vLLM's own norm or the next rank wants both tensors.
+    """
+    if proj.tp_size > 1:
+        return "the all-reduce lies between"
+    if last:
+        return "it ends the last layer"
+    config = get_current_vllm_config_or_none()
+    if config is not None and config.speculative_config is not None:
+        return "speculative decoding may read the states between layers"
+    return mirage_compile.why_not_replaced()  # beyond its kernels the add would be a kernel of its own
 
 
 def why_not_attention(attention: Any) -> str | None:
@@ -347,18 +362,22 @@ class FusedRMSNormGateUpSiLU(_StandIn):
         rows, k = self.proj.weight.shape
         return mirage_ops.prepare_gemm("rms_norm_gate_up_silu", k, rows // 2, self.proj.weight.dtype, self.proj.weight.device)
 
-    def __call__(self, hidden_states: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(self, hidden_states: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """hidden_states, residual: [num_tokens, hidden] → (silu(gate)·up [num_tokens, intermediate], the new residual)."""
         norm_weight, eps = self.norm_layer.weight, self.norm_layer.variance_epsilon
+        if residual is None:
+            return torch.ops.vllm_mirage.norm_gate_up_silu(hidden_states, norm_weight, self._weight(), eps), hidden_states
         return torch.ops.vllm_mirage.add_norm_gate_up_silu(hidden_states, residual, norm_weight, self._weight(), eps)
 
 
 class FusedLinear(_StandIn):
     """A decoder layer's o_proj or down_proj: K is split inside a block or cluster, so that no second kernel adds the parts.
 
-    The residual is added by the norm that follows, in the kernel that normalises: with tensor parallelism the all-reduce
-    lies between them, and above the kernels' token limit that is where stock vLLM adds it at no cost of its own.
+    The residual is added by the norm that follows, in the kernel that normalises, or by the projection itself, whichever was measured to
+    be faster.  Then hidden_states are the residual stream, and there is no other tensor for the norm: what the first layer is called with.
     """
+
+    adds_residual = False  # decided when the layer is built; why_not_residual() says where it may be
 
     def __init__(self, proj: RowParallelLinear) -> None:
         self.op = _suffix(proj)
@@ -367,14 +386,16 @@ class FusedLinear(_StandIn):
     def standing(self, layer: Any) -> Any:
         return layer.self_attn.o_proj if self.op == "o_proj" else layer.mlp.down_proj
 
-    def prepare(self) -> Any:
+    def prepare(self, kind: str = "linear") -> Any:
         n, k = self.proj.weight.shape
-        return mirage_ops.prepare_gemm("linear", k, n, self.proj.weight.dtype, self.proj.weight.device)
+        return mirage_ops.prepare_gemm(kind, k, n, self.proj.weight.dtype, self.proj.weight.device)
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x: [num_tokens, k] → [num_tokens, n], summed over the tensor-parallel ranks."""
+    def __call__(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """x [num_tokens, k] → ([num_tokens, n], summed over the tensor-parallel ranks; the residual, None once it is added)."""
+        if self.adds_residual:
+            return torch.ops.vllm_mirage.linear_residual(x, self._weight(), residual, self.op), None
         out = torch.ops.vllm_mirage.linear(x, self._weight(), self.op)
-        return tensor_model_parallel_all_reduce(out) if self.proj.tp_size > 1 else out
+        return tensor_model_parallel_all_reduce(out) if self.proj.tp_size > 1 else out, residual
 
 
 class FusedAttention(_StandIn):
@@ -429,6 +450,9 @@ class LayerPlan:
     def path(self) -> str:
         return "stock" if self.fused is None or self.replaced() else "fused"
 
+    def adds_residual(self) -> bool:
+        return self.path() == "fused" and getattr(self.fused, "adds_residual", False)
+
     def report(self) -> dict[str, str | None]:
         kernel, reason = self.kernel, self.reason
         if replacement := self.replaced():
@@ -460,6 +484,8 @@ def fuse_layer(layer: Any, forward: Any, attention_class: type, mlp_class: type,
                 f"{SWITCH}=strict, but {op} of {name} cannot run a Mirage kernel: {plan.reason}; "
                 f"export {SWITCH}=1 to let it run without"
             )
+    for op, norm in NORM_BEHIND.items():
+        _choose_where_the_residual_is_added(op, norm, name, num_layers)
     _answer_collective_rpc()
     _log_when_last(name, num_layers)
     return {op: _plans[name, op].fused for op in OPS if _plans[name, op].fused is not None}
@@ -480,6 +506,30 @@ def _plan_op(op: str, name: str, layer: Any, common: str | None) -> LayerPlan:
         if fused is not None:
             mirage_compile.settle(attention=op == "attention")
     return LayerPlan(name, op, weakref.ref(layer), fused, kernel, reason)
+
+
+NORM_BEHIND = {"o_proj": "norm_gate_up", "down_proj": "norm_qkv"}  # the latter of the next layer, which is like this one
+RESIDUAL = "linear_residual"  # the kernel op
+
+
+def _choose_where_the_residual_is_added(op: str, norm: str, name: str, num_layers: int) -> None:
+    """Lets a projection of a layer add it where the plan table has measured plans for that, and nothing forbids it."""
+    plan, gemms = _plans[name, op], [_plans[name, gemm].fused for gemm in OPS if gemm != "attention"]
+    if plan.fused is None or _plans[name, norm].fused is None:
+        return
+    reason = why_not_residual(plan.fused.proj, op == "down_proj" and _is_last_layer(name, num_layers))
+    kernel = plan.fused.prepare(RESIDUAL) if reason is None else reason
+    if not isinstance(kernel, str):
+        # beyond it no GEMM's kernel runs
+        ends = [found.max_tokens for gemm in gemms if gemm is not None and not isinstance(found := gemm.prepare(), str)]
+        if max(ends, default=0) > kernel.max_tokens:
+            kernel = f"{kernel.name} ends before the layer's other kernels"
+    if isinstance(kernel, str):
+        logger.debug("Mirage: %s of %s leaves the residual to the norm: %s", op, name, kernel)
+        return
+    plan.fused.adds_residual = True
+    _plans[name, op] = replace(plan, kernel=kernel.name, reason=None)
+    mirage_compile.settle(attention=False, gemms=kernel.max_tokens)
 
 
 def _why_not_op(op: str, layer: Any) -> str | None:
@@ -531,7 +581,8 @@ def mirage_report() -> dict[str, Any]:
         "overlay_version": OVERLAY_VERSION,
         "rank": torch.distributed.get_rank() if torch.distributed.is_initialized() else 0,
         "layers": [plan.report() for plan in _plans.values()],
-        "kernels": [_describe(key, kernel) for key, kernel in mirage_ops.kernels.items()],
+        # that nobody measured a projection with residual is no news
+        "kernels": [_describe(*item) for item in mirage_ops.kernels.items() if item[0][0] != RESIDUAL or not isinstance(item[1], str)],
         "calls": dict(mirage_ops.calls),
     }
 
@@ -561,12 +612,17 @@ def _describe(key: tuple, kernel: Any) -> dict[str, Any]:
 
 def _log_when_last(name: str, num_layers: int) -> None:
     """One INFO line for each engine and pipeline rank, when the rank's last layer is built."""
-    group = get_pp_group()
-    stem, _, index = name.rpartition(".")
-    _, end = get_pp_indices(num_layers, group.rank_in_group, group.world_size)
-    if index == str(end - 1) and get_tensor_model_parallel_rank() == 0:
+    if _is_last_layer(name, num_layers) and get_tensor_model_parallel_rank() == 0:
+        group, stem = get_pp_group(), name.rpartition(".")[0]
         rank = f" on pipeline rank {group.rank_in_group}" if group.world_size > 1 else ""
         logger.info("Mirage: %s%s", _summary([p for p in _plans.values() if p.name.startswith(f"{stem}.")]), rank)
+
+
+def _is_last_layer(name: str, num_layers: int) -> bool:
+    """Whether "model.layers.27" is the last one of this pipeline rank."""
+    group = get_pp_group()
+    _, end = get_pp_indices(num_layers, group.rank_in_group, group.world_size)
+    return name.rpartition(".")[2] == str(end - 1)
 
 
 def _summary(plans: list[LayerPlan]) -> str:

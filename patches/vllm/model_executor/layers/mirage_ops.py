@@ -2,8 +2,9 @@
 """The torch ops that the fused path of Qwen3 calls: kernels where one fits the call, PyTorch elsewhere.
 
     norm_qkv, add_norm_qkv      RMSNorm (of hidden_states + residual) and a projection
+    norm_gate_up_silu,
     add_norm_gate_up_silu       the same, with SiLU·mul behind a gate-and-up projection
-    linear                      a projection without bias
+    linear, linear_residual     a projection without bias (and + residual)
     qk_norm_rope, write_cache   q/k RMSNorm and RoPE; keys and values into the KV cache: nothing where the next op's kernel does all of it
     decode_attention            that kernel, or vLLM's attention
 
@@ -28,7 +29,7 @@ from vllm.model_executor.layers.attention.attention import (
 from vllm.triton_utils import HAS_TRITON, tl, triton
 from vllm.utils.torch_utils import LayerNameType, _resolve_layer_name
 
-OP_SCHEMA = 4  # raise it with every change of an op's schema or fake: it is part of the compile-cache key
+OP_SCHEMA = 5  # raise it with every change of an op's schema or fake: it is part of the compile-cache key
 OPS = ("norm_qkv", "attention", "o_proj", "norm_gate_up", "down_proj")
 """What VLLM_MIRAGE_OPS names: the parts of a layer that may be fused."""
 HEAD_DIM = 128  # of the decode-attention kernel
@@ -195,6 +196,23 @@ def _add_norm_qkv_fake(hidden_states, residual, norm_weight, qkv_weight, eps):
     return qkv, torch.empty_like(residual, memory_format=torch.contiguous_format)
 
 
+def _norm_gate_up_silu(
+    hidden_states: torch.Tensor, norm_weight: torch.Tensor, gate_up_weight: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """The op where o_proj has added the residual.  [..., hidden] → silu(gate)·up [..., intermediate]."""
+    kernel = _gemm_for("rms_norm_gate_up_silu", 2, hidden_states, gate_up_weight, norm_weight)
+    if kernel is not None:
+        calls["norm_gate_up.kernel"] += 1
+        return kernel(hidden_states, None, norm_weight, gate_up_weight, eps)[0]
+    calls["norm_gate_up.torch"] += 1
+    normed, _ = _rms_norm(hidden_states, None, norm_weight, eps)
+    return _silu_and_mul(F.linear(normed, gate_up_weight))
+
+
+def _norm_gate_up_silu_fake(hidden_states, norm_weight, gate_up_weight, eps):
+    return hidden_states.new_empty((*hidden_states.shape[:-1], gate_up_weight.shape[0] // 2))
+
+
 def _add_norm_gate_up_silu(
     hidden_states: torch.Tensor,
     residual: torch.Tensor,
@@ -209,9 +227,7 @@ def _add_norm_gate_up_silu(
         return kernel(hidden_states, residual, norm_weight, gate_up_weight, eps)
     calls["norm_gate_up.torch"] += 1
     normed, residual_out = _rms_norm(hidden_states, residual, norm_weight, eps)
-    gate_up = F.linear(normed, gate_up_weight)
-    body = silu_and_mul_triton if gate_up.is_cuda and HAS_TRITON else silu_and_mul_native
-    return body(gate_up), residual_out
+    return _silu_and_mul(F.linear(normed, gate_up_weight)), residual_out
 
 
 @triton.jit
@@ -242,6 +258,11 @@ def silu_and_mul_native(gate_up: torch.Tensor) -> torch.Tensor:
     return F.silu(gate) * up
 
 
+def _silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    body = silu_and_mul_triton if gate_up.is_cuda and HAS_TRITON else silu_and_mul_native
+    return body(gate_up)
+
+
 def _add_norm_gate_up_silu_fake(hidden_states, residual, norm_weight, gate_up_weight, eps):
     out = hidden_states.new_empty((*hidden_states.shape[:-1], gate_up_weight.shape[0] // 2))
     return out, torch.empty_like(residual, memory_format=torch.contiguous_format)
@@ -257,6 +278,19 @@ def _linear(x: torch.Tensor, weight: torch.Tensor, name: str) -> torch.Tensor:
 
 
 def _linear_fake(x, weight, name):
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _linear_residual(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, name: str) -> torch.Tensor:
+    """x [..., k], residual [..., n] → x @ weight.T + residual [..., n]; name as of linear."""
+    if (kernel := _gemm_for("linear_residual", 1, x, weight, residual)) is not None:
+        calls[f"{name}.kernel"] += 1
+        return kernel(x, weight, residual)
+    calls[f"{name}.torch"] += 1
+    return F.linear(x, weight) + residual
+
+
+def _linear_residual_fake(x, weight, residual, name):
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
@@ -500,8 +534,10 @@ _library = Library("vllm_mirage", "FRAGMENT")  # the registrations live as long 
 for _name, _body, _fake, _mutates in (
     ("norm_qkv", _norm_qkv, _norm_qkv_fake, ()),
     ("add_norm_qkv", _add_norm_qkv, _add_norm_qkv_fake, ()),
+    ("norm_gate_up_silu", _norm_gate_up_silu, _norm_gate_up_silu_fake, ()),
     ("add_norm_gate_up_silu", _add_norm_gate_up_silu, _add_norm_gate_up_silu_fake, ()),
     ("linear", _linear, _linear_fake, ()),
+    ("linear_residual", _linear_residual, _linear_residual_fake, ()),
     ("qk_norm_rope", _qk_norm_rope, _qk_norm_rope_fake, ()),
     ("write_cache", _write_cache, _write_cache_fake, ()),
     ("decode_attention", _decode_attention, _decode_attention_fake, ("output",)),

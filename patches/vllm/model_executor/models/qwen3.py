@@ -42,8 +42,8 @@ class Qwen3DecoderLayer(stock.Qwen3DecoderLayer):
         self,
         positions: torch.Tensor,  # [num_tokens]; [3, num_tokens] with mrope
         hidden_states: torch.Tensor,  # [num_tokens, hidden]
-        residual: torch.Tensor | None,  # [num_tokens, hidden]; None in the first layer
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        residual: torch.Tensor | None,  # [num_tokens, hidden]; None in the first layer, and where down_proj has added it
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         # LoRA, for one, puts a wrapper in a projection's place after the layer was built.
         fused = {op: stand_in for op, stand_in in self.fused.items() if stand_in.in_place(self)}
         if not fused:
@@ -66,25 +66,25 @@ class Qwen3DecoderLayer(stock.Qwen3DecoderLayer):
             hidden_states = attn.attn(q, k, v)
 
         if "o_proj" in fused:
-            hidden_states = fused["o_proj"](hidden_states)  # [num_tokens, hidden]
+            hidden_states, residual = fused["o_proj"](hidden_states, residual)  # [num_tokens, hidden], the same or None: added
         else:
             hidden_states, _ = attn.o_proj(hidden_states)
 
         if "norm_gate_up" in fused:
             hidden_states, residual = fused["norm_gate_up"](hidden_states, residual)  # [num_tokens, intermediate], …
         else:
-            hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
+            hidden_states, residual = normalised(self.post_attention_layernorm, hidden_states, residual)
             hidden_states = mlp.act_fn(mlp.gate_up_proj(hidden_states)[0])
 
         if "down_proj" in fused:
-            return fused["down_proj"](hidden_states), residual
+            return fused["down_proj"](hidden_states, residual)
         return mlp.down_proj(hidden_states)[0], residual
 
 
 def normalised(
     norm: torch.nn.Module, hidden_states: torch.Tensor, residual: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(norm of hidden_states + residual, that sum), as stock does it: the first layer has no residual yet."""
+    """(norm of hidden_states + residual, that sum), as stock does it: without residual hidden_states are the sum."""
     return (norm(hidden_states), hidden_states) if residual is None else norm(hidden_states, residual)
 
 
