@@ -4,7 +4,8 @@
     python engine_worker.py CASES.json RESULTS.json
 
 Each case: {"name", "env": {…}, "llm": arguments of LLM, "piecewise": bool, "lora": adapter folder or null,
-"set_use_mirage": bool or null}.  Each result: {"tokens", "logprobs", "lora_tokens", "reports", "error", "version"}.
+"set_use_mirage": bool or null, "long": lengths of single prompts}.  Each result: {"tokens", "logprobs", "lora_tokens",
+"long": a step with each of those prompts, "reports", "error", "version"}.
 The engines of one process run one after another; an exception of a case is its result.
 """
 
@@ -87,12 +88,10 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
         try:
             from vllm.model_executor.layers.fused_mirage_ops import collect_reports
         except ImportError:  # stock vLLM
-            return result
-        result["reports"] = collect_reports(llm)
-        if case.get("long"):  # one step of more tokens than any kernel takes
-            result["long_tokens"] = decode_once(llm, case["long"])
-            result["reports_after_long"] = collect_reports(llm)
-        return result
+            collect_reports = lambda llm: None  # noqa: E731
+        reports = collect_reports(llm)
+        result["long"] = [{"tokens": decode_once(llm, length), "reports": collect_reports(llm)} for length in case.get("long", [])]
+        return result if reports is None else {**result, "reports": reports}
     finally:
         llm.llm_engine.engine_core.shutdown()
 

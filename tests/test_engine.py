@@ -85,7 +85,7 @@ def assert_path(result, path, ops=OPS, reason=""):
     assert {(layer["name"], layer["op"]) for layer in entries} == {(layer, op) for layer in LAYERS for op in OPS}
     ours = [layer for layer in entries if layer["op"] in ops]
     assert {layer["path"] for layer in ours} == {path}
-    assert all(reason in layer["reason"] for layer in ours)
+    assert all(reason in (layer["reason"] or "") for layer in ours)
     for report in result["reports"]:
         assert ops_called(report) == {layer["op"] for layer in report["layers"] if layer["path"] == "fused"}
 
@@ -163,7 +163,7 @@ def stock(work, vllm_stock, make_tiny, adapter):
     """Answers of stock vLLM."""
     fp32, bf16 = make_tiny(dtype="float32"), make_tiny()
     cases = [
-        case("fp32", fp32),
+        case("fp32", fp32, long=[48, 100]),
         case("bf16", bf16, llm={"dtype": "bfloat16"}),
         case("lora", fp32, llm=LORA, lora=str(adapter)),
     ]
@@ -267,23 +267,63 @@ def test_each_switch_runs_its_own_graph_over_one_compile_cache(work, vllm_overla
     loads, long = [], []
     for turn, switch in enumerate("0101"):
         options = {"enforce_eager": False, "distributed_executor_backend": "uni"}
-        compiled = case("compiled", make_tiny(dtype="float32"), switch, llm=options, piecewise=True, long=100)
+        compiled = case("compiled", make_tiny(dtype="float32"), switch, llm=options, piecewise=True, long=[100])
         result = run_engines(work / f"piecewise{turn}", vllm_overlay, [compiled])["compiled"]
         assert_path(result, "stock" if switch == "0" else "fused")
         assert_same_answers(result, stock["fp32"])
         loads.append("Directly load AOT compilation" in result["log"])
-        long.append(result["long_tokens"])
+        long.append(result["long"][0]["tokens"])
         # beyond what kernels take, only the op that splits the graph is called: the others were compiled as stock's modules are
-        called = calls_between(result["reports"], result["reports_after_long"])
+        called = calls_between(result["reports"], result["long"][0]["reports"])
         assert called == ({} if switch == "0" else {"attention.torch": len(LAYERS)})
     assert loads == [False, False, True, True]
-    assert long == [long[0]] * 4
+    assert long == [stock["fp32"]["long"][1]["tokens"]] * 4
 
 
 def calls_between(before, after):
     """What the single worker's ops were called in between, without zeros."""
     [before], [after] = before, after
     return {name: count - before["calls"][name] for name, count in after["calls"].items() if count != before["calls"][name]}
+
+
+# -------------------------------------------------------------------------------- the residual in the projections
+RESIDUAL_WORKER = Path(__file__).parent / "residual_worker.py"
+
+
+def assert_projections_add(result):
+    """Every o_proj, and every down_proj but that of a rank's last layer, took the kernel that adds the residual."""
+    for report in result["reports"]:
+        kernels = {(layer["name"], layer["op"]): layer["kernel"] or "" for layer in report["layers"]}
+        last = max(name for name, _ in kernels)
+        adds = {place for place, kernel in kernels.items() if kernel.startswith("linear_residual")}
+        assert adds == {(name, op) for name, op in kernels if op == "o_proj" or (op == "down_proj" and name != last)}
+
+
+def test_where_projections_add_the_residual_answers_equal_stocks(work, vllm_overlay, make_tiny, stock):
+    """Compiled: up to 32 tokens by the kernels, up to 64 by the GEMMs' PyTorch bodies, beyond by all bodies."""
+    options = {"enforce_eager": False, "distributed_executor_backend": "uni"}
+    adding = case("adding", make_tiny(dtype="float32"), "1", llm=options, long=[48, 100])
+    result = run_engines(work / "adding", vllm_overlay, [adding], RESIDUAL_WORKER)["adding"]
+    assert_path(result, "fused")
+    assert_projections_add(result)
+    assert_same_answers(result, stock["fp32"])
+    [report] = result["reports"]
+    assert report["calls"]["o_proj.kernel"] * 2 == report["calls"]["down_proj.kernel"] * 3 > 0  # two of three layers
+    before = result["reports"]
+    for step, expected in zip(result["long"], stock["fp32"]["long"], strict=True):
+        assert step["tokens"] == expected["tokens"]
+        assert calls_between(before, step["reports"]) == {"attention.torch": len(LAYERS)}
+        before = step["reports"]
+
+
+def test_pipeline_ranks_whose_projections_add_the_residual_hand_on_both_tensors(work, vllm_overlay, make_tiny, stock):
+    options = {"pipeline_parallel_size": 2, "enforce_eager": False}
+    parallel = case("pp", make_tiny(dtype="float32"), "1", llm=options)
+    result = run_engines(work / "adding-pp", vllm_overlay, [parallel], RESIDUAL_WORKER, VLLM_ENABLE_V1_MULTIPROCESSING="1")["pp"]
+    assert_path(result, "fused")
+    assert len(result["reports"]) == 2
+    assert_projections_add(result)
+    assert_same_answers(result, stock["fp32"])
 
 
 # ------------------------------------------------------------------------------------------------- several processes

@@ -1163,7 +1163,9 @@ def test_whatever_is_in_place_two_layers_answer_as_stock(ops, adding, build_laye
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize(("part", "name"), [("self_attn", "qkv_proj"), ("self_attn", "o_proj"), ("mlp", "gate_up_proj"), ("mlp", "down_proj")])
+@pytest.mark.parametrize(
+    ("part", "name"), [("self_attn", "qkv_proj"), ("self_attn", "o_proj"), ("mlp", "gate_up_proj"), ("mlp", "down_proj")]
+)
 def test_a_replaced_projection_counts_where_the_residual_is_added_before_it(ops, adding, build_layer, part, name, compiled):
     layer = build_layer(layer_class(), dtype=torch.float32)
     assert adders(layer) == {"o_proj", "down_proj"}
