@@ -351,6 +351,20 @@ class Bench:
             result[str(batch)] = begin.elapsed_time(end) / replays
         return result
 
+    def launch(self, batch: int, times: int) -> dict[str, float]:
+        """One decode step at a time on an idle GPU, in ms: the host's part of the launch, and the whole by wall clock; medians."""
+        import torch
+
+        graph, host, whole = self._decode_graphs()[batch], [], []
+        for _ in range(times):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            graph.replay()
+            host.append((time.perf_counter() - start) * 1e3)
+            torch.cuda.synchronize()
+            whole.append((time.perf_counter() - start) * 1e3)
+        return {"host": float(np.median(host)), "whole": float(np.median(whole))}
+
     def prefill(self, vocab: int, seed: int) -> dict[str, float]:
         """PREFILL's prompts, prefilled in one step: ms by wall clock, and of its kernels alone."""
         self._finish()
@@ -859,6 +873,10 @@ def run_step(
     contexts, largest = options.input_len, max(options.batch_sizes)
     names = {context: "decode step" if len(contexts) == 1 else f"decode step, {context} tokens before it" for context in contexts}
     rows = {(c, batch): row(model.name, names[c], batch, "ms") for c in contexts for batch in options.batch_sizes}
+    launches = {
+        kind: row(model.name, metric, options.batch_sizes[0], "ms")
+        for kind, metric in (("host", "launch of a decode step, host"), ("whole", "decode step from an idle GPU, wall clock"))
+    }
     others = {}
     if largest >= MIXED[0] and max(contexts) <= 256:  # the KV cache is sized for the batch: it holds these, too
         said = {"prefill": (f"prefill of {PREFILL[1]} tokens each", PREFILL[0])}
@@ -866,7 +884,7 @@ def run_step(
         for name, (metric, batch) in said.items():
             others[name, "wall"] = row(model.name, f"{metric}, wall clock", batch, "ms")
             others[name, "kernels"] = row(model.name, f"{metric}, kernels", batch, "ms")
-    result["rows"] = [*rows.values(), *others.values()]
+    result["rows"] = [*rows.values(), *launches.values(), *others.values()]
 
     def decode(context: int, worker: Worker, number: int) -> None:
         captured = worker.call("fill", batch=largest, context=context, vocab=model.vocab, seed=options.seed)
@@ -876,6 +894,9 @@ def run_step(
         for batch, ms in worker.call("step", batches=options.batch_sizes, replays=options.replays).items():
             if number >= 0:
                 rows[context, int(batch)]["samples"][worker.arm].append(ms)
+        for kind, ms in worker.call("launch", batch=options.batch_sizes[0], times=20).items():
+            if number >= 0 and context == contexts[0]:
+                launches[kind]["samples"][worker.arm].append(ms)
         if number == options.num_iterations - 1:
             describe(worker, result)
         if "floor" not in result:

@@ -370,6 +370,9 @@ class MadeUpWorker:
         self.turns.append(self.arm)
         return {str(batch): 1.0 if self.arm == "stock" else 0.8 for batch in batches}
 
+    def launch(self, batch: int, times: int) -> dict[str, float]:
+        return {"host": 0.2, "whole": 1.0}
+
     def copy_bandwidth(self) -> float:
         return 4e12
 
@@ -409,8 +412,8 @@ def test_the_step_level_alternates_and_compares_with_the_floor() -> None:
     bench.run_step(session, options, model, result, bench.Screen(result))
     bench.finish(result)
     assert MadeUpWorker.turns == ["stock", "mirage"] * 7
-    assert [line["speedup"]["ratio"] for line in result["rows"]] == [1.25, 1.25]
-    assert [line["floor"] for line in result["rows"]] == [0.5, 0.5]  # ms: 2 GB at 4 TB/s
+    assert [line["speedup"]["ratio"] for line in result["rows"]] == [1.25, 1.25, 1.0, 1.0]
+    assert [line["floor"] for line in result["rows"]] == [0.5, 0.5, None, None]  # ms: 2 GB at 4 TB/s
     assert bench.floor_text(result["rows"][0]).endswith("(50%, 62%)")
     options.batch_sizes = [3]
     with pytest.raises(bench.UsageError, match=r"No decode graph is captured for batch \[3\]"):
@@ -425,9 +428,9 @@ def test_the_step_level_takes_several_contexts_and_adds_prefill_to_short_ones(co
     result = unfinished("step")
     bench.run_step(session, options, bench.Model("made up", "/", True, False, 100, 4096, 1), result, bench.Screen(result))
     bench.finish(result)
-    decode = [line for line in result["rows"] if line["metric"].startswith("decode step")]
+    decode = [line for line in result["rows"] if line["floor"]]
     assert [line["batch"] for line in decode] == [1, 32] * len(contexts) and len({line["metric"] for line in decode}) == len(contexts)
-    assert len(result["rows"]) == len(decode) + more
+    assert len(result["rows"]) == len(decode) + 2 + more
     assert all(len(line["samples"][arm]) == 5 for line in result["rows"] for arm in bench.ARMS)
 
 

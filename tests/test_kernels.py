@@ -39,9 +39,9 @@ def nvrtc():
         return str(error)
 
 
-def plan(tokens=8, grid=2, forloop=4, cluster=1, warps=4, stages=2, prefetch=0, schedule="split"):
+def plan(tokens=8, grid=2, forloop=4, cluster=1, warps=4, stages=2, prefetch=0, schedule="split", shared_ring=False):
     early = stages if schedule == "split" else 0
-    return plans.Plan(tokens, schedule, grid, forloop, cluster, warps, stages, early, prefetch, 1)
+    return plans.Plan(tokens, schedule, grid, forloop, cluster, warps, stages, early, prefetch, 1, shared_ring)
 
 
 def graph_for(op: str, k: int, n: int, chosen: plans.Plan) -> MuGraph:
@@ -114,8 +114,15 @@ BF16 = 4e-3  # one rounding of the operand and one of the output, each at most 2
         ("rms_norm_gate_up_silu", 512, 64, 11, plan(tokens=16, cluster=2)),
         ("rms_norm_gate_up_silu_first", 512, 64, 11, plan(tokens=16, cluster=2, schedule="fused")),
         ("gate_up_silu", 512, 96, 5, plan(grid=3, warps=8, forloop=2)),
+        ("rms_norm_linear", 512, 64, 8, plan(forloop=2, stages=3, schedule="fused", shared_ring=True)),
+        ("rms_norm_linear", 1024, 96, 13, plan(tokens=16, grid=3, forloop=8, cluster=2, shared_ring=True)),
+        ("rms_norm_linear_first", 512, 64, 5, plan(stages=1, shared_ring=True)),
+        ("rms_norm_gate_up_silu", 512, 64, 11, plan(tokens=16, cluster=2, shared_ring=True)),
+        ("linear", 1024, 64, 59, plan(tokens=64, forloop=8, stages=5, shared_ring=True)),
+        ("linear_residual", 1024, 64, 7, plan(forloop=8, cluster=4, stages=4, prefetch=2, shared_ring=True)),
+        ("gate_up_silu", 1024, 96, 33, plan(tokens=40, grid=3, warps=8, stages=4, shared_ring=True)),
     ],
-    ids=lambda value: value if isinstance(value, (str, int)) else f"{value.grid}x{value.cluster}",
+    ids=lambda value: value if isinstance(value, (str, int)) else f"{value.grid}x{value.cluster}{'s' * value.shared_ring}",
 )
 def test_kernel_equals_its_graph(folder, op, k, n, num_tokens, chosen, delayed):
     graph = graph_for(op, k, n, chosen)
@@ -206,6 +213,26 @@ def test_a_barrier_removed_from_the_gemm_is_caught(folder, op, statement, cluste
     arguments = draw(graph, 8)
     reference = expected(graph, arguments, 8)
     errors = [worst_error(run(kernel, graph, arguments, 8, delayed=True, seed=seed), reference) for seed in range(3)]
+    assert not max(errors) < BF16
+
+
+@needs_gxx
+@pytest.mark.parametrize(
+    ("statement", "delayed"),
+    [
+        ("wait_async<S::STAGES - 1>();", True),  # a step is multiplied before its copies have landed
+        ("else commit_async();", True),  # the last steps are waited for too little
+        ("if constexpr (S::SHARED_RING) block_barrier();", False),  # partial sums are written over another warp's ring
+    ],
+)
+def test_a_wait_removed_from_the_shared_ring_is_caught(folder, statement, delayed):
+    chosen = plan(forloop=8, stages=4, shared_ring=True)
+    graph = graph_for("rms_norm_linear", 1024, 64, chosen)
+    broken = _without(emulate.RUNTIME.read_text(), statement, 0)
+    kernel = emulate.EmulatedKernel(lower.lower(graph), chosen.defines(1024, 64), folder, runtime=broken)
+    arguments = draw(graph, 8)
+    reference = expected(graph, arguments, 8)
+    errors = [worst_error(run(kernel, graph, arguments, 8, delayed=delayed, seed=seed), reference) for seed in range(4)]
     assert not max(errors) < BF16
 
 
@@ -308,6 +335,22 @@ def test_blocks_share_no_cluster_where_the_architecture_has_none():
     assert plans.attention_heuristic(8, 1, "sm_86").cluster == 1
 
 
+@pytest.mark.parametrize(("arch", "room"), [("sm_80", 163), ("sm_86", 99), ("sm_90", 227), ("sm_100", 227), ("sm_120", 99)])
+def test_a_ring_in_shared_memory_fits_what_a_block_is_granted(arch, room):
+    """By the numbers of mirage_runtime.cuh: the ring, or the partial sums in its place, then sums of rows and of blocks."""
+    deepest = 0
+    for limit, schedule in ((1, "fused"), (8, "split"), (16, "fused"), (64, "split")):
+        for chosen in plans.candidates("rms_norm_linear", 4096, 6144, limit, schedule, arch=arch):
+            if chosen.shared_ring:
+                tokens, rows = plans.round_up(limit, 8), 6144 // chosen.grid
+                ring = chosen.warps * chosen.stages * rows * 32 * 2
+                partial = chosen.warps * tokens * (rows + 4) * 4
+                sums = tokens * chosen.warps * chosen.cluster * 4 + (tokens * rows * 4 if chosen.cluster > 1 else 0)
+                assert max(ring, partial) + sums <= room * 1024 // chosen.blocks_per_sm, chosen
+                deepest = max(deepest, ring)
+    assert deepest > 0.8 * room * 1024 or arch in ("sm_86", "sm_120")
+
+
 def test_an_architecture_without_measurements_has_no_plan(monkeypatch, tmp_path):
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
     assert plans.plans_for("rms_norm_linear", 1024, 4096, "sm_80") == (
@@ -332,7 +375,7 @@ def test_every_source_compiles_for(arch):
     special = dict.fromkeys(("rms_norm", "rms_norm_first"), plans.row_defines(4096)) | {"decode_attention": attention.defines(32, 8)}
     for name in (*generate.SHIPPED, *generate.HANDWRITTEN):
         macros = special.get(name, gemm.defines(4096, 6144))
-        for element in ({}, {"MIRAGE_FP16": 1}):
+        for element in ({}, {"MIRAGE_FP16": 1}, {"MIRAGE_SHARED_RING": 1}):
             assert compiler.compile_cubin(compiler.Build(f"{name}.cu", tuple(sorted({**macros, **element}.items())), arch))
 
 
