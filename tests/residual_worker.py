@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """engine_worker.py on a machine whose plan table lets projections add the residual; vLLM compiles for ranges of token counts.
 
-There is no GPU: in place of the kernels PyTorch adds. Whatever is changed here is changed at import, since vLLM's workers, too, import this.
+There is no GPU: in place of the kernels PyTorch adds. What is changed here is changed at import, since vLLM's workers, too, import this.
 """
 
 import engine_worker
