@@ -28,6 +28,7 @@ from mirage_kernels import plans
 
 EPS, PAGE, HEAD_DIM = 1e-6, 16, plans.HEAD_DIM
 GEMMS = ("norm_qkv", "o_proj", "norm_gate_up", "down_proj")
+PROJECTIONS = ("o_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,17 @@ class LayerShape:
             "down_proj": ("linear", self.intermediate, self.hidden),
         }[op]
 
-    def prepare(self, op: str, device: torch.device, package: Any = mirage_kernels, **how: Any) -> Any:
-        """The bf16 kernel of an op, or a sentence why there is none.  package: mirage_kernels, wherever it was imported from."""
+    def prepare(
+        self, op: str, device: torch.device, package: Any = mirage_kernels, *, adds_residual: bool = False, **how: Any
+    ) -> Any:
+        """The bf16 kernel of an op, or a sentence why there is none.
+
+        package: mirage_kernels, wherever it was imported from.  adds_residual: the kernel of a projection that does.
+        """
         if op == "attention":
             return package.prepare_attention(heads=self.heads, kv_heads=self.kv_heads, dtype=torch.bfloat16, device=device, **how)
         kind, k, n = self.gemm(op)
+        kind = "linear_residual" if adds_residual else kind
         return package.prepare(kind, k=k, n=n, dtype=torch.bfloat16, device=device, **how)
 
     def weight_bytes(self) -> int:
@@ -139,6 +146,12 @@ class Cache:
         self.slots = self.block_table[:, (context - 1) // PAGE].long() * PAGE + (context - 1) % PAGE
 
 
+def _with_stream(outputs: tuple[torch.Tensor, torch.Tensor | None], x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A norm kernel's outputs with the residual stream, which is x where it had nothing to add."""
+    out, stream = outputs
+    return out, x if stream is None else stream
+
+
 class Step:
     """A decode step of `num_tokens` requests with `context` tokens each; `copies` layers take turns (0: four times what the L2 holds).
 
@@ -172,19 +185,32 @@ class Step:
 
     # One op of one layer, by a kernel or by the stock path
 
-    def norm_qkv(self, kernel: Any, i: int, x: torch.Tensor, r: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def norm_qkv(self, kernel: Any, i: int, x: torch.Tensor, r: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         weight = self.weights[i]["norm_qkv"]
         if kernel is not None:
-            return kernel(x, r, self.gammas[0], weight, EPS)
-        normed, r = stock_norm(any_tokens(x), any_tokens(r), self.gammas[0])
+            return _with_stream(kernel(x, r, self.gammas[0], weight, EPS), x)
+        normed, r = self._stock_norm(x, r, self.gammas[0])
         return F.linear(normed, weight), r
 
-    def norm_gate_up(self, kernel: Any, i: int, x: torch.Tensor, r: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def norm_gate_up(self, kernel: Any, i: int, x: torch.Tensor, r: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         weight = self.weights[i]["norm_gate_up"]
         if kernel is not None:
-            return kernel(x, r, self.gammas[1], weight, EPS)
-        normed, r = stock_norm(any_tokens(x), any_tokens(r), self.gammas[1])
+            return _with_stream(kernel(x, r, self.gammas[1], weight, EPS), x)
+        normed, r = self._stock_norm(x, r, self.gammas[1])
         return stock_silu(any_tokens(F.linear(normed, weight))), r
+
+    def _stock_norm(self, x: torch.Tensor, r: torch.Tensor | None, gamma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if r is None:
+            raise ValueError("the stock path adds the residual in its norms: projections add it only where kernels normalise")
+        return stock_norm(any_tokens(x), any_tokens(r), gamma)
+
+    def project(
+        self, op: str, kernel: Any, i: int, x: torch.Tensor, r: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(the projection, the residual), or (their sum, None) with a kernel that adds."""
+        if getattr(kernel, "adds_residual", False):
+            return kernel(x, self.weights[i][op], r), None
+        return self.linear(op, kernel, i, x), r
 
     def linear(self, op: str, kernel: Any, i: int, x: torch.Tensor) -> torch.Tensor:
         weight = self.weights[i][op]
@@ -260,13 +286,17 @@ class Step:
         )
         return out
 
-    def layer(self, kernels: Mapping[str, Any], i: int, x: torch.Tensor, r: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """One decoder layer with weights i; kernels by op, None for the stock path: (hidden_states, residual)."""
-        qkv, r = self.norm_qkv(kernels["norm_qkv"], i, x, r)
-        x = self.attention(kernels["attention"], i, qkv)
-        x = self.linear("o_proj", kernels["o_proj"], i, x)
-        x, r = self.norm_gate_up(kernels["norm_gate_up"], i, x, r)
-        return self.linear("down_proj", kernels["down_proj"], i, x), r
+    def layer(
+        self, kernels: Mapping[str, Any], i: int, x: torch.Tensor, r: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """One decoder layer with weights i; kernels by op, None for the stock path: (hidden_states, residual).
+
+        The residual is None where it has been added: by down_proj's kernel, in the layer before or in this one.
+        """
+        qkv, stream = self.norm_qkv(kernels["norm_qkv"], i, x, r)
+        x, r = self.project("o_proj", kernels["o_proj"], i, self.attention(kernels["attention"], i, qkv), stream)
+        x, stream = self.norm_gate_up(kernels["norm_gate_up"], i, x, r)
+        return self.project("down_proj", kernels["down_proj"], i, x, stream)
 
     # One op by itself
 
@@ -274,8 +304,8 @@ class Step:
         """The output of one op with weights (or cache) i on the same inputs each time."""
         if op == "attention":
             return self.attention(kernel, i, self._input(op))
-        if op in ("o_proj", "down_proj"):
-            return self.linear(op, kernel, i, self._input(op))
+        if op in PROJECTIONS:
+            return self.project(op, kernel, i, self._input(op), self.residual)[0]
         return getattr(self, op)(kernel, i, self.hidden_states, self.residual)[0]
 
     def _input(self, op: str) -> torch.Tensor:
@@ -285,11 +315,11 @@ class Step:
         return self._inputs[op]
 
     def exact(self, op: str) -> torch.Tensor:
-        """What run(op, …, 0) should give, in float64 from the same inputs."""
+        """What run(op, …, 0) should give, in float64 from the same inputs; without the residual that a projection's kernel may add."""
         if op == "attention":
             return self._exact_attention(self._input(op).double(), self.caches[0])
         weight = self.weights[0][op].double()
-        if op in ("o_proj", "down_proj"):
+        if op in PROJECTIONS:
             return self._input(op).double() @ weight.t()
         stream = self.hidden_states.double() + self.residual.double()
         out = rms_norm(stream, self.gammas[0 if op == "norm_qkv" else 1]) @ weight.t()
@@ -325,7 +355,7 @@ class Step:
 
     def time_us(self, kernels: Mapping[str, Any], replays: int = 7, layers: int = 16) -> float:
         """Median time of one layer in µs, from replays of one CUDA graph of at least that many layers in a row."""
-        state = self.hidden_states, self.residual
+        state: tuple[torch.Tensor, torch.Tensor | None] = self.hidden_states, self.residual
 
         def run(i: int) -> None:
             nonlocal state

@@ -13,6 +13,7 @@ import datetime
 import itertools
 import json
 import os
+import statistics
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +23,7 @@ from typing import Any
 
 import torch
 
-from mirage_codegen.layer import GEMMS, MODELS, OPS, LayerShape, Step, relative_error
+from mirage_codegen.layer import GEMMS, MODELS, OPS, PROJECTIONS, LayerShape, Step, relative_error
 
 from mirage_kernels import plans  # isort: skip  (layer.py puts it on the path)
 from mirage_kernels.compiler import Build, CompileError, CubinCache  # isort: skip
@@ -238,6 +239,36 @@ def tune_shape(shape: LayerShape, gpu: Gpu, count: int) -> tuple[dict[str, list]
     return found, lines + more
 
 
+def projections_add(shape: LayerShape, gpu: Gpu, found: dict[str, list]) -> tuple[bool, list[str]]:
+    """Whether o_proj and down_proj should add the residual themselves, with the plans that were found, and lines of report.
+
+    They should where that makes no step slower and one of them faster by what counts. Beyond their kernels all GEMMs are compiled
+    otherwise (mirage_compile.py), so the kernels of all four must end together.
+    """
+    limits = {max((plan.max_num_tokens for plan in found[op]), default=0) for op in GEMMS}
+    if len(limits) > 1 or limits == {0}:
+        return False, [f"  residual: added by the norms, since the GEMMs' kernels end at {', '.join(map(str, sorted(limits)))} tokens"]
+    kernels = {op: shape.prepare(op, gpu.device, plans=found[op]) for op in OPS if found[op]}
+    adding = {op: shape.prepare(op, gpu.device, plans=found[op], adds_residual=True) for op in PROJECTIONS}
+    if reasons := [kernel for kernel in adding.values() if isinstance(kernel, str)]:
+        return False, [f"  residual: added by the norms, since {reasons[0]}"]
+    ratios, lines = [], []
+    for limit in (limit for limit in LIMITS if limit <= max(limits)):
+        step = Step(shape, limit, CONTEXT, gpu.device)
+        for op, kernel in adding.items():
+            exact = step.exact(op) + step.residual.double()
+            error, allowed = (relative_error(out, exact) for out in (step.run(op, kernel, 0), step.run(op, None, 0) + step.residual))
+            if not error <= 1.1 * allowed:
+                return False, [f"left out, please report it: {op} with residual errs {error:.2e}, stock {allowed:.2e}"]
+        norms = {op: kernels[op] if op in kernels and limit <= kernels[op].max_tokens else None for op in OPS}
+        runs = [[step.time_us({**norms, **form}, replays=15) for form in ({}, adding)] for _ in range(3)]  # in turn
+        before, after = map(statistics.median, zip(*runs, strict=True))
+        ratios.append(before / after)
+        lines.append(f"  residual {limit:3} tokens: a layer takes {before:7.2f} µs with it in the norms, {after:7.2f} in the projections")
+    adds = min(ratios) >= 1 and max(ratios) >= WORTH
+    return adds, [*lines, f"  residual: added by the {'projections' if adds else 'norms'}"]
+
+
 def _short(plan: Any) -> str:
     if plan is None:
         return "stock path"
@@ -264,6 +295,12 @@ def run(arguments: argparse.Namespace) -> int:
         for op in GEMMS:
             kind, k, n = shape.gemm(op)
             entries.setdefault(kind, {})[f"{k}x{n}"] = plans.to_table(found[op])
+        if "/" not in name:  # behind a shard's projections comes an all-reduce
+            adds, more = projections_add(shape, gpu, found)
+            lines += more
+            for _, k, n in map(shape.gemm, PROJECTIONS):
+                of_linear = entries["linear"][f"{k}x{n}"]
+                entries.setdefault("linear_residual", {})[f"{k}x{n}"] = of_linear if adds else []
         entries.setdefault("decode_attention", {})[f"{shape.heads}x{shape.kv_heads}"] = plans.to_table(found["attention"])
         print("\n".join([f"{name} ({time.perf_counter() - started:.0f} s)", *lines]), flush=True)
         entries["measured"] = f"{torch.cuda.get_device_name(gpu.device)}, torch {torch.__version__}, {datetime.date.today()}"

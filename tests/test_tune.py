@@ -10,6 +10,8 @@ import torch
 
 from mirage_codegen import layer, tune
 
+from mirage_kernels import plans  # isort: skip  (layer.py puts it on the path)
+
 SHAPE = layer.LayerShape(256, 4, 2, 1024)
 GPU = tune.Gpu(torch.device("cpu"), "sm_90", 8)
 STOCK_US = 10.0  # what every op takes by the stock path
@@ -20,6 +22,8 @@ class MadeUpStep:
 
     def __init__(self, shape, num_tokens, context, device, copies=0, ops=layer.OPS):
         self.num_tokens, self.context = num_tokens, context
+
+    residual = torch.zeros(4)
 
     def time_us(self, kernels, replays=7, layers=16):
         return sum(STOCK_US if kernel is None else kernel.time_us(self.context) for kernel in kernels.values())
@@ -52,7 +56,7 @@ def tuned(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(tune, "known_shapes", lambda: {"small": SHAPE})
     monkeypatch.setattr(tune.Gpu, "current", staticmethod(lambda: GPU))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "made up")
-    prepare = lambda self, op, device, plans: made_up_kernel(op, plans[-1])  # noqa: E731
+    prepare = lambda self, op, device, plans, adds_residual=False: made_up_kernel(op, plans[-1])  # noqa: E731
     monkeypatch.setattr(layer.LayerShape, "prepare", prepare)
     output = tmp_path / "plans.json"
     assert tune.run(argparse.Namespace(models=["small"], candidates=64, output=str(output))) == 0
@@ -75,6 +79,88 @@ def test_an_op_ends_where_the_stock_path_is_faster(tuned):
     assert [entry["max_num_tokens"] for entry in table["linear"][f"{k}x{n}"]] == [1, 8, 16]
     assert [entry["max_num_tokens"] for entry in table["decode_attention"]["4x2"]] == [1, 2, 4]  # beyond, it loses at long contexts
     assert "attention   8 requests: stock path from here on" in printed
+
+
+def test_projections_leave_the_residual_to_the_norms_where_kernels_do_not_end_together(tuned):
+    table, printed = tuned
+    assert table["linear_residual"] == {f"{k}x{n}": [] for _, k, n in map(SHAPE.gemm, layer.PROJECTIONS)}
+    assert "residual: added by the norms, since the GEMMs' kernels end at 16, " in printed
+
+
+def chosen(*limits, warps=4):
+    """Plans with those limits, by op of a layer."""
+    found = {op: [plans.Plan(limit, "split", 2, 4, 1, warps, 2, 2, 0, 1) for limit in limits] for op in layer.GEMMS}
+    return {**found, "attention": [plans.AttentionPlan(4, 1, 4)]}
+
+
+@pytest.fixture
+def decide(monkeypatch):
+    """decide(found, gains, answer): the tuner's decision where adding in the projections gains that many µs, by tokens."""
+
+    given = {}
+
+    class AddingStep(MadeUpStep):
+        def time_us(self, kernels, replays=7, layers=16):
+            adding = [kernel for kernel in kernels.values() if getattr(kernel, "adds_residual", False)]
+            assert all(kernel is None or kernel.max_tokens >= self.num_tokens for kernel in kernels.values())
+            assert len(adding) in (0, 2)
+            return 40.0 - (given["gains"][self.num_tokens] if adding else 0)
+
+    def prepare(self, op, device, plans, adds_residual=False):
+        answer = given["answer"] if adds_residual else 1.001
+        return SimpleNamespace(max_tokens=plans[-1].max_num_tokens, adds_residual=adds_residual, answer=answer)
+
+    monkeypatch.setattr(tune, "Step", AddingStep)
+    monkeypatch.setattr(layer.LayerShape, "prepare", prepare)
+
+    def run(found, gains, answer=1.001):
+        given.update(gains=dict(zip(tune.LIMITS, gains, strict=False)), answer=answer)
+        return tune.projections_add(SHAPE, GPU, found)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("gains", "adds"),
+    [
+        ((1.0, 1.0, 0.5, 0.3), True),
+        ((0.0, 0.0, 0.0, 0.2), True),  # 0.5 % once, and no loss
+        ((0.1, 0.1, 0.1, 0.1), False),  # nowhere what counts
+        ((1.0, 1.0, 0.5, -0.1), False),
+    ],
+)
+def test_projections_add_the_residual_where_no_step_loses_and_one_gains(decide, gains, adds):
+    decided, lines = decide(chosen(1, 8, 16, 32), gains)
+    assert decided == adds
+    assert [line.split()[1] for line in lines[:-1]] == ["1", "8", "16", "32"]
+    assert lines[-1] == f"  residual: added by the {'projections' if adds else 'norms'}"
+
+
+def test_projections_add_the_residual_only_with_right_kernels_that_end_together(decide):
+    gains = (1.0,) * 5
+    assert decide(chosen(8, 16), gains)[0] is True
+    for shorter in layer.GEMMS:
+        found = chosen(1, 8, 16)
+        found[shorter].pop()
+        assert decide(found, gains) == (False, ["  residual: added by the norms, since the GEMMs' kernels end at 8, 16 tokens"])
+    assert decide({**chosen(), "attention": []}, gains)[0] is False
+    assert decide({**chosen(1, 8), "attention": []}, gains)[0] is True
+    decided, [line] = decide(chosen(1, 8), gains, answer=1.5)
+    assert not decided and "left out, please report it: o_proj with residual" in line
+
+
+def test_the_table_takes_the_projections_plans(monkeypatch, tmp_path):
+    monkeypatch.setattr(tune, "compile_all", lambda *_: None)
+    monkeypatch.setattr(tune, "known_shapes", lambda: {"small": SHAPE, "small/2": SHAPE.sharded(2)})
+    monkeypatch.setattr(tune.Gpu, "current", staticmethod(lambda: GPU))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "made up")
+    monkeypatch.setattr(tune, "tune_shape", lambda *_: (chosen(1, 8), []))
+    monkeypatch.setattr(tune, "projections_add", lambda *_: (True, []))
+    output = tmp_path / "plans.json"
+    assert tune.run(argparse.Namespace(models=["small", "small/2"], candidates=1, output=str(output))) == 0
+    table = json.loads(output.read_text())["sm_90"]
+    assert table["linear_residual"] == {key: table["linear"][key] for key in ("512x256", "1024x256")}  # no shard's
+    assert set(table["linear"]) == {"512x256", "1024x256", "256x256"}
 
 
 def test_candidates_fit_the_gpu():

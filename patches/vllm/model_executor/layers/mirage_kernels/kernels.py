@@ -50,6 +50,8 @@ def _key(entry: Wanted) -> tuple:
 class Gemm:
     """What the GEMM ops share: one list of kernels for each plan and variant."""
 
+    adds_residual = False  # to the output of a projection
+
     def __init__(self, op: str, k: int, n: int, dtype: torch.dtype, device: torch.device, plans: list[Plan], overlap: bool):
         self.n, self.plans = n, plans
         self.max_tokens = plans[-1].max_num_tokens
@@ -110,6 +112,8 @@ class Linear(Gemm):
 
 class LinearResidual(Gemm):
     """x @ weight.T + residual for up to `max_tokens` tokens on one device."""
+
+    adds_residual = True
 
     def __call__(self, x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """x [num_tokens, K], weight [n, K], residual [num_tokens, n] → [num_tokens, n]"""
