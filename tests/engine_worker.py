@@ -74,6 +74,15 @@ def decode_once(llm: Any, length: int) -> list[int]:
     return sorted(answer.outputs[0].logprobs[0])
 
 
+def reports_of(llm: Any) -> list[dict[str, Any]] | None:
+    """mirage_report() of every worker; None of stock vLLM."""
+    try:
+        from vllm.model_executor.layers.fused_mirage_ops import collect_reports
+    except ImportError:
+        return None
+    return collect_reports(llm)
+
+
 def run(case: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM
 
@@ -85,13 +94,10 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     llm = LLM(**arguments, **case["llm"])
     try:
         result = generate(llm, case.get("lora"))
-        try:
-            from vllm.model_executor.layers.fused_mirage_ops import collect_reports
-        except ImportError:  # stock vLLM
-            collect_reports = lambda llm: None  # noqa: E731
-        reports = collect_reports(llm)
-        result["long"] = [{"tokens": decode_once(llm, length), "reports": collect_reports(llm)} for length in case.get("long", [])]
-        return result if reports is None else {**result, "reports": reports}
+        if (reports := reports_of(llm)) is not None:
+            result["reports"] = reports
+        result["long"] = [{"tokens": decode_once(llm, length), "reports": reports_of(llm)} for length in case.get("long", [])]
+        return result
     finally:
         llm.llm_engine.engine_core.shutdown()
 

@@ -20,6 +20,8 @@ GEMMS = [  # (op, K, N): a model's few and many columns, and a narrow shard whos
     ("linear", 2048, 1024),
     ("linear", 3072, 1024),
     ("linear", 1024, 4096),
+    ("linear_residual", 2048, 1024),
+    ("linear_residual", 1024, 4096),
 ]
 HEADS = [(16, 8), (32, 8), (5, 1), (8, 1)]
 SEQ_LENS = (0, 1, 16, 17, 100, 257)
@@ -36,13 +38,20 @@ def random(*size: int) -> torch.Tensor:
 
 def run_gemm(op: str, k: int, n: int) -> int:
     """The number of calls."""
-    kernel = mirage_kernels.prepare(op, k=k, n=n, dtype=torch.bfloat16, device=DEVICE)
+    major, minor = torch.cuda.get_device_capability(DEVICE)
+    found = plans.plans_for("linear" if op == "linear_residual" else op, k, n, f"sm_{major}{minor}")
+    assert not isinstance(found, str), found
+    kernel = mirage_kernels.prepare(op, k=k, n=n, dtype=torch.bfloat16, device=DEVICE, plans=found)
     assert not isinstance(kernel, str), kernel
     weight, norm_weight, calls = random(n * plans.GEMM_OPS[op].weights, k), random(k), 0
     for num_tokens in sorted(set().union(*map(token_counts, kernel.plans))):
         x = random(num_tokens, k)
-        residuals = {"rms_norm_linear": (random(num_tokens, k), None), "rms_norm_gate_up_silu": (random(num_tokens, k),)}.get(op, ())
-        outs = [kernel(x, residual, norm_weight, weight, 1e-6)[0] for residual in residuals] or [kernel(x, weight)]
+        if op == "linear":
+            outs = [kernel(x, weight)]
+        elif op == "linear_residual":
+            outs = [kernel(x, weight, random(num_tokens, n))]
+        else:
+            outs = [kernel(x, residual, norm_weight, weight, 1e-6)[0] for residual in (random(num_tokens, k), None)]
         assert all(bool(out.isfinite().all()) for out in outs)
         calls += len(outs)
     return calls

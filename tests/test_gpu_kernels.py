@@ -21,7 +21,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "patches/vllm/model_executor/layers")]
 import mirage_kernels  # noqa: E402
 from mirage_kernels import plans  # noqa: E402
 
-from mirage_codegen.layer import GEMMS, MODELS  # noqa: E402
+from mirage_codegen.layer import GEMMS, MODELS, PROJECTIONS  # noqa: E402
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
@@ -43,8 +43,14 @@ class Case(NamedTuple):
 
 
 def cases(*models):
-    """The different GEMMs of those models' layers."""
-    return list(dict.fromkeys(Case(*MODELS[model].gemm(op)) for model in models for op in GEMMS))
+    """The different GEMMs of those models' layers; of some, also the projections that add the residual."""
+    found = [Case(*MODELS[model].gemm(op)) for model in models for op in GEMMS]
+    adding = [adds_residual(Case(*MODELS[model].gemm(op))) for model in models if model in THOROUGH for op in PROJECTIONS]
+    return list(dict.fromkeys(found + adding))
+
+
+def adds_residual(case):
+    return case._replace(op="linear_residual")
 
 
 each_case = pytest.mark.parametrize("case", cases("0.6B", "1.7B", "4B", "8B"), ids=str)
@@ -55,7 +61,8 @@ each_thorough_case = pytest.mark.parametrize("case", cases(*THOROUGH), ids=str)
 def prepare(case, dtype=torch.bfloat16):
     """The kernel with the shipped plans, whatever this user has measured. Skips a shape that is not in the table."""
     major, minor = torch.cuda.get_device_capability(DEVICE)
-    entries = plans.read_table(plans.TABLE).get(f"sm_{major}{minor}", {}).get(case.op, {}).get(f"{case.k}x{case.n}")
+    table = plans.read_table(plans.TABLE).get(f"sm_{major}{minor}", {})
+    entries = table.get("linear" if case.op == "linear_residual" else case.op, {}).get(f"{case.k}x{case.n}")
     if not entries:
         pytest.skip(f"no plan of {case} for sm_{major}{minor}")
     found = [plans.Plan(**entry) for entry in entries]
@@ -99,19 +106,28 @@ class Inputs:
         """(out, x + residual or None)"""
         if self.case.op == "linear":
             return kernel(x, self.weight), None
-        return kernel(x, r, self.norm_weight, self.weight, EPS)
+        if self.case.op == "linear_residual":
+            return kernel(x, self.weight, r), None
+        out, total = kernel(x, r, self.norm_weight, self.weight, EPS)
+        assert (total is None) == (r is None)
+        return out, total
 
     def variants(self, r):
         """The residuals to call with: None is the op of the first layer, or of a projection by itself."""
-        return {"rms_norm_linear": (r, None), "rms_norm_gate_up_silu": (r,), "linear": (None,)}[self.case.op]
+        if self.case.op == "linear_residual":  # [num_tokens, n]
+            return (r.repeat(1, self.case.n // self.case.k + 1)[:, : self.case.n].contiguous(),)
+        return (None,) if self.case.op == "linear" else (r, None)
 
     def _path(self, x, r, weight, dtype, exact):
         """The op, `exact` throughout in x's own type or with the rounding points of vLLM's norm."""
-        if self.case.op != "linear":
+        projects = self.case.op in ("linear", "linear_residual")
+        if not projects:
             stream = x.to(dtype) if r is None else x.to(dtype) + r.to(dtype)
             normed = stream * torch.rsqrt(stream.pow(2).mean(-1, keepdim=True) + EPS)
             x = normed * self.norm_weight.double() if exact else normed.to(self.dtype) * self.norm_weight
         out = F.linear(x.to(weight.dtype), weight)
+        if projects and r is not None:
+            return out + r.to(out.dtype)
         if self.case.op != "rms_norm_gate_up_silu":
             return out
         gate, up = out.chunk(2, -1)
@@ -154,7 +170,7 @@ class Errors:
         reference = inputs.expected(x, r)
         ours, stock = error(out, reference), error(inputs.unfused(x, r), reference)
         assert ours <= 2 * stock, what
-        if r is not None:
+        if residual_out is not None:
             assert torch.equal(residual_out, (x.float() + r.float()).to(x.dtype)), what
         self.kernel += ours**2
         self.unfused += stock**2
@@ -217,8 +233,8 @@ def test_every_output_is_written_and_nothing_beyond(case, generator, monkeypatch
     for num_tokens in up_to_limit(kernel, (1, 2, 5, 8, 9)):
         x, r = draw("random", num_tokens, case.k, torch.bfloat16, generator)
         for residual in inputs.variants(r):
-            inputs.call(kernel, x, residual)
-            assert len(made) >= 1 + (residual is not None)
+            _, total = inputs.call(kernel, x, residual)
+            assert len(made) >= 1 + (total is not None)
             for tensor in made:
                 assert not tensor[:num_tokens].isnan().any()
                 assert tensor[num_tokens:].isnan().all()
@@ -234,7 +250,7 @@ def test_nan_stays_in_its_row(case, generator):
         for residual in inputs.variants(r):
             out, residual_out = inputs.call(kernel, x, residual)
             assert out[1].isnan().all() and out.isnan().any(-1).sum() == 1
-            assert residual is None or residual_out.isnan().nonzero().tolist() == [[1, 100]]
+            assert residual_out is None or residual_out.isnan().nonzero().tolist() == [[1, 100]]
 
 
 @each_thorough_case
@@ -250,12 +266,15 @@ def test_a_thousand_runs_are_bitwise_equal(case, generator):
         assert different.item() == 0
 
 
+@pytest.mark.parametrize("adds", [False, True], ids=["residual in the norms", "residual in the projections"])
 @pytest.mark.parametrize("num_tokens", [1, 8, 16])
 @pytest.mark.parametrize("model", THOROUGH)
-def test_a_graph_of_whole_layers_follows_its_inputs(model, num_tokens, generator):
+def test_a_graph_of_whole_layers_follows_its_inputs(model, num_tokens, adds, generator):
     """In the graph a kernel may start before the one that it reads from has ended; in the other run each waits for all before it."""
     shape = MODELS[model]
-    layer = [(prepare(case), Inputs(case, generator)) for case in (Case(*shape.gemm(op)) for op in GEMMS)]
+    chosen = [Case(*shape.gemm(op)) for op in GEMMS]
+    chosen = [adds_residual(case) if adds and case.op == "linear" else case for case in chosen]
+    layer = [(prepare(case), Inputs(case, generator)) for case in chosen]
     num_tokens = min(num_tokens, *(kernel.max_tokens for kernel, _ in layer))
 
     def two_layers(x, r, after_each=lambda: None):
@@ -263,10 +282,16 @@ def test_a_graph_of_whole_layers_follows_its_inputs(model, num_tokens, generator
             for (kernel, inputs), op in zip(layer, GEMMS, strict=True):
                 if op == "o_proj":  # q in the place of attention's output
                     x = x[:, : inputs.case.k].contiguous()
-                x, total = inputs.call(kernel, x, r)
-                r = r if total is None else total
+                if inputs.case.op == "linear_residual":
+                    x, r = inputs.call(kernel, x, r)[0], None
+                elif inputs.case.op == "linear":
+                    x, _ = inputs.call(kernel, x, r)
+                else:
+                    stream = x
+                    x, total = inputs.call(kernel, x, r)
+                    r = stream if total is None else total
                 after_each()
-        return x, r
+        return (x,) if r is None else (x, r)
 
     x, r = draw("random", num_tokens, shape.hidden, torch.bfloat16, generator)
     two_layers(x, r)

@@ -330,6 +330,28 @@ def test_what_our_ops_restate_is_unchanged(release):
     assert {"uuid", "is_applicable_for_range", "hash_source"} <= defined
 
 
+def test_a_layer_may_hand_on_the_residual_stream_alone(release):
+    """What down_proj relies on where it adds the residual: between layers nobody needs two tensors, behind the last one somebody does."""
+    forward = method(find_class(release, "model_executor/models/qwen2.py", "Qwen2Model"), "forward")
+    [loop] = [node for node in ast.walk(forward) if isinstance(node, ast.For) and "self.layers" in ast.unparse(node.iter)]
+    assert [ast.unparse(statement) for statement in loop.body] == [
+        "hidden_states, residual = layer(positions, hidden_states, residual)",
+        "self._maybe_add_hidden_state(aux_hidden_states, idx + 1, hidden_states, residual)",
+    ]
+    interfaces = ast.walk(tree(release / "model_executor/models/interfaces.py"))
+    [aux] = [node for node in interfaces if isinstance(node, ast.FunctionDef) and node.name == "_maybe_add_hidden_state"]
+    assert "hidden_states + residual if residual is not None else hidden_states" in ast.unparse(aux)
+    layer = ast.unparse(method(find_class(release, "model_executor/models/qwen3.py", "Qwen3DecoderLayer"), "forward"))
+    assert "if residual is None:\n        residual = hidden_states\n        hidden_states = self.input_layernorm(hidden_states)" in layer
+    assert "speculative_config: SpeculativeConfig | None" in ast.unparse(find_class(release, "config/vllm.py", "VllmConfig"))
+
+
+def test_the_range_that_is_compiled_for_is_known_to_passes(release):
+    file = "compilation/passes/inductor_pass.py"
+    assert "self.compile_range: Range = compile_range" in ast.unparse(find_class(release, file, "PassContext"))
+    assert "get_pass_context" in bound_names(release, release / file)
+
+
 def test_declared_variables_reach_the_compile_cache_key(release):
     """vLLM calls every getter in environment_variables when it makes the key."""
     [factors] = [

@@ -4,6 +4,7 @@
 import argparse
 import json
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -97,7 +98,7 @@ def chosen(*limits, warps=4):
 def decide(monkeypatch):
     """decide(found, gains, answer): the tuner's decision where adding in the projections gains that many µs, by tokens."""
 
-    given = {}
+    given: dict[str, Any] = {}
 
     class AddingStep(MadeUpStep):
         def time_us(self, kernels, replays=7, layers=16):
@@ -161,6 +162,40 @@ def test_the_table_takes_the_projections_plans(monkeypatch, tmp_path):
     table = json.loads(output.read_text())["sm_90"]
     assert table["linear_residual"] == {key: table["linear"][key] for key in ("512x256", "1024x256")}  # no shard's
     assert set(table["linear"]) == {"512x256", "1024x256", "256x256"}
+
+
+def test_a_step_gives_the_same_stream_wherever_the_residual_is_added(monkeypatch):
+    """Its kernels are PyTorch's operators here, in the kernels' form."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(L2_cache_size=0))
+    step = layer.Step(SHAPE, 3, 16, torch.device("cpu"), copies=2)
+
+    def norm_gemm(x, r, gamma, weight, eps):
+        stream = x if r is None else x + r
+        out = layer.rms_norm(stream.double(), gamma).bfloat16() @ weight.t()
+        return layer.stock_silu(out) if weight.shape[0] == 2 * SHAPE.intermediate else out, None if r is None else stream
+
+    def attention(qkv, *others):
+        others[-1].copy_(qkv[:, : others[-1].shape[1]])
+
+    class Adding:
+        adds_residual = True
+
+        def __call__(self, x, weight, r):
+            return x @ weight.t() + r
+
+    norms = {"norm_qkv": norm_gemm, "norm_gate_up": norm_gemm, "attention": attention}
+    streams = []
+    for projection in (lambda x, weight: x @ weight.t(), Adding()):
+        kernels = {**norms, "o_proj": projection, "down_proj": projection}
+        x: torch.Tensor = step.hidden_states
+        r: torch.Tensor | None = step.residual
+        for i in range(2):
+            x, r = step.layer(kernels, i, x, r)
+        assert (r is None) == isinstance(projection, Adding)
+        streams.append(x if r is None else x + r)
+    torch.testing.assert_close(streams[0], streams[1], rtol=0.02, atol=0.02)
+    with pytest.raises(ValueError, match="adds the residual in its norms"):
+        step.layer({**kernels, "norm_qkv": None}, 0, x, r)
 
 
 def test_candidates_fit_the_gpu():
