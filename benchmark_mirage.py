@@ -577,7 +577,7 @@ def measure_copy(size: int) -> float:
 
 KERNEL_KINDS = (  # the first pattern found in a kernel's name, in lower case, says its kind
     # extern "C", named as their files
-    ("Mirage kernel", r"^rms_norm(_linear)?(_first)?$|^(rms_norm_)?gate_up_silu$|^linear$|^decode_attention$|mirage"),
+    ("Mirage kernel", r"^rms_norm(_linear)?(_first)?$|^(rms_norm_)?gate_up_silu(_first)?$|^linear(_residual)?$|^decode_attention$|mirage"),
     ("KV cache write", r"reshape_and_cache"),
     ("attention", r"flash|fmha|attention"),
     ("linear layer", r"nvjet|gemm|gemv|cutlass|splitk|cublas"),

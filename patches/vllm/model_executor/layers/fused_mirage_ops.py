@@ -513,23 +513,27 @@ RESIDUAL = "linear_residual"  # the kernel op
 
 
 def _choose_where_the_residual_is_added(op: str, norm: str, name: str, num_layers: int) -> None:
-    """Lets a projection of a layer add it where the plan table has measured plans for that, and nothing forbids it."""
-    plan, gemms = _plans[name, op], [_plans[name, gemm].fused for gemm in OPS if gemm != "attention"]
+    """Lets a projection of a layer add it, where the plan table has measured plans for that and nothing forbids it."""
+    plan = _plans[name, op]
     if plan.fused is None or _plans[name, norm].fused is None:
         return
     reason = why_not_residual(plan.fused.proj, op == "down_proj" and _is_last_layer(name, num_layers))
-    kernel = plan.fused.prepare(RESIDUAL) if reason is None else reason
-    if not isinstance(kernel, str):
-        # beyond it no GEMM's kernel runs
-        ends = [found.max_tokens for gemm in gemms if gemm is not None and not isinstance(found := gemm.prepare(), str)]
-        if max(ends, default=0) > kernel.max_tokens:
-            kernel = f"{kernel.name} ends before the layer's other kernels"
+    kernel = reason or plan.fused.prepare(RESIDUAL)
+    if not isinstance(kernel, str) and kernel.max_tokens < _last_of_the_gemms_kernels(name):
+        kernel = f"{kernel.name}, while the layer's other kernels take more"
     if isinstance(kernel, str):
         logger.debug("Mirage: %s of %s leaves the residual to the norm: %s", op, name, kernel)
         return
     plan.fused.adds_residual = True
     _plans[name, op] = replace(plan, kernel=kernel.name, reason=None)
-    mirage_compile.settle(attention=False, gemms=kernel.max_tokens)
+    mirage_compile.settle(attention=False, gemms=kernel.max_tokens)  # beyond, no op of a GEMM is left
+
+
+def _last_of_the_gemms_kernels(name: str) -> int:
+    """The most tokens that a GEMM's kernel of a layer takes."""
+    stand_ins = [_plans[name, op].fused for op in OPS if op != "attention"]
+    kernels = [stand_in.prepare() for stand_in in stand_ins if stand_in is not None]  # prepared already
+    return max((kernel.max_tokens for kernel in kernels if not isinstance(kernel, str)), default=0)
 
 
 def _why_not_op(op: str, layer: Any) -> str | None:
