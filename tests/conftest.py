@@ -35,7 +35,7 @@ def _link_or_copy(source: str, target: str) -> str:
     return shutil.copy2(source, target)
 
 
-def _copy_stock(site: Path) -> Path:
+def copy_stock(site: Path) -> Path:
     """Copy the installed vLLM to site/vllm, without the overlay if it has it."""
     spec = importlib.util.find_spec("vllm")
     if spec is None or spec.origin is None:
@@ -73,7 +73,7 @@ def apply_overlay(package: Path) -> None:
 def vllm_stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for PYTHONPATH whose vllm is stock."""
     site = tmp_path_factory.mktemp("stock")
-    _copy_stock(site)
+    copy_stock(site)
     return site
 
 
@@ -81,7 +81,7 @@ def vllm_stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def vllm_overlay(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for PYTHONPATH whose vllm has the overlay."""
     site = tmp_path_factory.mktemp("overlay")
-    apply_overlay(_copy_stock(site))
+    apply_overlay(copy_stock(site))
     return site
 
 

@@ -33,12 +33,16 @@ failed=()
 parse_arguments() {
   while (($#)); do
     case $1 in
-      --out) out=${2:?--out needs a folder} && shift ;;
+      --out) (($# > 1)) || { echo "--out needs a folder." >&2 && exit 2; }; out=$2 && shift ;;
       -h | --help) usage && exit 0 ;;
       tests | sanitize | load | overhead | step | context | serve | latency | kernel) parts+=("$1") ;;
       *) echo "tests/gpu.sh knows no $1: --help lists its parts." >&2 && exit 2 ;;
     esac
     shift
+  done
+  local model
+  for model in ${MODELS:-}; do
+    [[ " 0.6B 1.7B 4B 8B " == *" $model "* ]] || { echo "MODELS names $model, which is none of 0.6B, 1.7B, 4B and 8B." >&2 && exit 2; }
   done
   ((${#parts[@]})) || parts=(tests sanitize load overhead step context serve latency kernel)
 }

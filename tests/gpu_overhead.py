@@ -12,10 +12,11 @@ Two engines of the same vLLM differ by some percent in the times of a small mode
 all are measured in turn, and medians of starts are compared. Stronger than any time: the kernels of a decode step and of a prefill, by
 name and count, must be the same in all arms.
 
-Exit status: 0 the same kernels, 1 other kernels, 2 wrong input.
+Exit status: 0 the same kernels, 1 other kernels or a failed measurement, 2 wrong input.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import shutil
@@ -29,7 +30,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from conftest import LAYERS, _copy_stock, apply_overlay
+from conftest import LAYERS, apply_overlay, copy_stock
 
 import benchmark_mirage as benchmark
 
@@ -46,7 +47,7 @@ def make_sites(root: Path) -> dict[str, Path]:
 
 def make_site(arm: str, site: Path) -> None:
     site.mkdir()
-    package = _copy_stock(site)
+    package = copy_stock(site)
     if arm != "stock":
         apply_overlay(package)
     if arm == "no kernel":
@@ -61,8 +62,8 @@ class Engine:
         path = os.pathsep.join(filter(None, (str(site), os.environ.get("PYTHONPATH", ""))))
         self.worker = benchmark.Worker(arm, scratch, True, PYTHONPATH=path, VLLM_USE_MIRAGE=ARMS[arm])
 
-    def measure(self, counts: bool, times: dict[str, float]) -> None:
-        for name, ms in times.items() if counts else ():
+    def keep(self, times: dict[str, float]) -> None:
+        for name, ms in times.items():
             self.samples.setdefault(name, []).append(ms)
 
     def decode(self, options: argparse.Namespace, model: benchmark.Model) -> dict[str, float]:
@@ -109,14 +110,13 @@ def calls(found: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, float
     return {step: {name: count for name, (count, _) in by_name.items()} for step, by_name in found.items()}
 
 
-def show(rows: list[dict[str, Any]], same: bool) -> None:
+def show(rows: list[dict[str, Any]]) -> None:
     lines = []
     for row in rows:
         spread = row["starts"]["stock"]
         cells = [row["what"], benchmark.digits(row["median"]["stock"]), f"{max(spread) / min(spread) - 1:.1%}"]
         lines.append(cells + [f"{row['ratio'][arm]:.4f}" for arm in ARMS if arm != "stock"])
     benchmark.print_table(["batch", "stock, ms", "between its starts", "stock / off", "stock / no kernel"], lines)
-    print("The kernels of a decode step and of a prefill are " + ("the same in all arms." if same else "NOT the same in all arms."))
 
 
 def run(options: argparse.Namespace) -> int:
@@ -127,15 +127,20 @@ def run(options: argparse.Namespace) -> int:
         try:
             engines = start_all(options, settings, make_sites(scratch), scratch)
             for step in (Engine.decode, Engine.prefill):
-                for number in range(-1, options.num_iterations):
+                for number in range(-1, options.num_iterations):  # the first round warms up
                     for engine in engines:
-                        engine.measure(number >= 0, step(engine, options, model))
+                        times = step(engine, options, model)
+                        if number >= 0:
+                            engine.keep(times)
+            rows = compare(engines)
+            show(rows)  # before the kernels are counted: should that fail, the times are not lost
             kernels = {engine.arm: engine.kernels(options, model) for engine in engines[: len(ARMS)]}
             environment = engines[-1].worker.call("describe")
         finally:
             for engine in engines:
                 engine.worker.close()
-    rows, same = compare(engines), all(calls(found) == calls(kernels["stock"]) for found in kernels.values())
+    same = all(calls(found) == calls(kernels["stock"]) for found in kernels.values())
+    print("The kernels of a decode step and of a prefill are " + ("the same in all arms." if same else "NOT the same in all arms."))
     result = {
         "command": "tests/gpu_overhead.py " + " ".join(sys.argv[1:]),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
@@ -147,26 +152,29 @@ def run(options: argparse.Namespace) -> int:
     }
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
-    show(rows, same)
     return int(not same)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=benchmark.QWEN3_SIZES, default="0.6B", help="dummy weights (default: %(default)s)")
-    parser.add_argument("--starts", type=int, default=4, help="engines of each arm, all at once on the GPU (default: %(default)s)")
-    parser.add_argument("--num-iterations", type=int, default=4, help="rounds over all engines (default: %(default)s)")
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64])
+    parser.add_argument("--starts", type=benchmark.positive, default=4, help="engines of each arm, all at once (default: %(default)s)")
+    parser.add_argument("--num-iterations", type=benchmark.positive, default=4, help="rounds over all engines (default: %(default)s)")
+    parser.add_argument("--batch-sizes", type=benchmark.positive, nargs="+", default=[1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64])
     parser.add_argument("--json", type=Path, help="write every start's median to this file")
     given = parser.parse_args()
     import torch
 
-    if not torch.cuda.is_available():
-        print("tests/gpu_overhead.py measures GPU time, and torch finds no NVIDIA GPU here.", file=sys.stderr)
+    if not torch.cuda.is_available() or importlib.util.find_spec("vllm") is None:
+        print("tests/gpu_overhead.py measures GPU time: it needs vLLM and an NVIDIA GPU, and one of them is not here.", file=sys.stderr)
         return 2
     options = benchmark.parse(["--level", "step", "--replays", "50"])
     vars(options).update({key: value for key, value in vars(given).items() if value is not None}, dtype="bfloat16", enforce_eager=False)
-    return run(options)
+    try:
+        return run(options)
+    except benchmark.MeasurementError as error:
+        print(error, file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":
