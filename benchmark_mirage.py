@@ -35,6 +35,7 @@ import sys
 import tempfile
 import textwrap
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -406,21 +407,17 @@ class Bench:
         graph.replay()
         return one_layer(self._profile(graph.replay))
 
-    def kernels(self, batches: list[int], vocab: int) -> dict[str, dict[str, list[float]]]:
-        """[calls, µs] of each kernel in a decode step of each batch size, and in a prefill of PREFILL's prompts.
+    def kernels(self, batches: list[int], vocab: int) -> dict[str, dict[str, int]]:
+        """How often each kernel runs in a decode step of each batch size, and in a prefill of PREFILL's prompts.
 
         Only a full batch may be replayed (`fill`): the graphs read what the engine's buffers say of it.
         """
-        found = {str(batch): self._by_name(self._decode_graphs()[batch].replay) for batch in batches}
+        found = {str(batch): self._counts(self._decode_graphs()[batch].replay) for batch in batches}
         self.prefill(vocab, seed=0)
-        return found | {"prefill": self._by_name(self._prefill)}
+        return found | {"prefill": self._counts(self._prefill)}
 
-    def _by_name(self, step: Callable[[], Any]) -> dict[str, list[float]]:
-        found: dict[str, list[float]] = {}
-        for event in self._profile(step):
-            calls, spent = found.get(event["name"], (0, 0.0))
-            found[event["name"]] = [calls + 1, spent + event["duration"]]
-        return found
+    def _counts(self, step: Callable[[], Any]) -> dict[str, int]:
+        return dict(Counter(event["name"] for event in self._profile(step)))
 
     @staticmethod
     def _profile(step: Callable[[], Any]) -> list[dict[str, Any]]:

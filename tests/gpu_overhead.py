@@ -74,7 +74,7 @@ class Engine:
         times = self.worker.call("prefill", vocab=model.vocab, seed=0)
         return {f"prefill, {name}": ms for name, ms in times.items()}
 
-    def kernels(self, options: argparse.Namespace, model: benchmark.Model) -> dict[str, dict[str, list[float]]]:
+    def kernels(self, options: argparse.Namespace, model: benchmark.Model) -> dict[str, dict[str, int]]:
         self.decode(options, model)
         return self.worker.call("kernels", batches=options.batch_sizes, vocab=model.vocab)
 
@@ -103,11 +103,6 @@ def compare(engines: list[Engine]) -> list[dict[str, Any]]:
         middle = {arm: statistics.median(times) for arm, times in starts.items()}
         rows.append({"what": name, "starts": starts, "median": middle, "ratio": {arm: middle["stock"] / middle[arm] for arm in ARMS}})
     return rows
-
-
-def calls(found: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, float]]:
-    """How often each kernel ran, by step."""
-    return {step: {name: count for name, (count, _) in by_name.items()} for step, by_name in found.items()}
 
 
 def show(rows: list[dict[str, Any]]) -> None:
@@ -139,7 +134,7 @@ def run(options: argparse.Namespace) -> int:
         finally:
             for engine in engines:
                 engine.worker.close()
-    same = all(calls(found) == calls(kernels["stock"]) for found in kernels.values())
+    same = all(found == kernels["stock"] for found in kernels.values())
     print("The kernels of a decode step and of a prefill are " + ("the same in all arms." if same else "NOT the same in all arms."))
     result = {
         "command": "tests/gpu_overhead.py " + " ".join(sys.argv[1:]),
@@ -147,7 +142,7 @@ def run(options: argparse.Namespace) -> int:
         "environment": {key: environment[key] for key in ("gpu", "torch", "cuda", "vllm")} | {"state": benchmark.gpu_state()},
         "model": model.name,
         "same_kernels": same,
-        "kernels": {arm: calls(found) for arm, found in kernels.items()} if not same else calls(kernels["stock"]),
+        "kernels": kernels["stock"] if same else kernels,
         "rows": rows,
     }
     if options.json:
