@@ -12,6 +12,7 @@ import argparse
 import datetime
 import itertools
 import json
+import math
 import os
 import statistics
 import time
@@ -23,7 +24,7 @@ from typing import Any
 
 import torch
 
-from mirage_codegen.layer import GEMMS, MODELS, OPS, PROJECTIONS, LayerShape, Step, relative_error
+from mirage_codegen.layer import GEMMS, MODELS, OPS, PROJECTIONS, LayerShape, Step, graph_time_us, op_bytes, relative_error
 
 from mirage_kernels import plans  # isort: skip  (layer.py puts it on the path)
 from mirage_kernels.compiler import Build, CompileError, CubinCache  # isort: skip
@@ -33,6 +34,8 @@ ATTENTION_LIMITS = (1, 2, 4, 8, 16, 32, 64)
 CONTEXT = 256  # tokens of each request while plans are chosen
 LONG_CONTEXT = 8192  # where attention must not lose either
 WORTH = 1.005  # a kernel must make the step this much faster to enter the table
+TIE = 1.003  # plans whose steps differ by less are equal in the step: the one that is fastest by itself stays
+LOSS = 0.99  # the other form of a residual may lose this much at one limit, if it gains over all limits
 AGAIN = 6  # candidates of an op that are measured again once the other ops have changed
 
 
@@ -119,6 +122,7 @@ class Tuner:
         self.known = known  # plans of the limit below: good candidates here
         self.ranked: dict[str, list[tuple[float, Any]]] = {}
         self.check = Check(self.step)
+        self.alone: dict[str, Step] = {}  # by op: a step of that op only
         self.stock = self.step.time_us(self.kernels)
         self.best = self.stock
 
@@ -146,13 +150,24 @@ class Tuner:
             timed.append((self.step.time_us({**self.kernels, op: kernel}, replays=5), plan, kernel))
         timed.sort(key=lambda entry: entry[0])
         # the fastest few once more: the first of many candidates is partly the luckiest
-        again = [(self.step.time_us({**self.kernels, op: kernel}, replays=15), plan, kernel) for _, plan, kernel in timed[:3]]
+        again = [(self.step.time_us({**self.kernels, op: kernel}, replays=15), plan, kernel) for _, plan, kernel in timed[:5]]
         best = min(again, key=lambda entry: entry[0], default=None)
+        if best is not None and op != "attention":
+            equal = [entry for entry in again if entry[0] <= best[0] * TIE]
+            best = min(equal, key=lambda entry: self.alone_us(op, entry[1])) if len(equal) > 1 else best
         self.ranked[op] = [(spent, plan) for spent, plan, _ in timed]
         if best is not None and baseline / best[0] >= WORTH:
             self.best, self.plan[op], self.kernels[op] = best
         else:
             self.best, self.plan[op], self.kernels[op] = baseline, None, None
+
+    def alone_us(self, op: str, plan: Any) -> float:
+        """The op's time by itself, weights from memory, without overlap with its own next call."""
+        if op not in self.alone:
+            copies = math.ceil(self.step.copies * self.shape.weight_bytes() / op_bytes(self.shape, op, 0, 0))
+            self.alone[op] = Step(self.shape, self.limit, CONTEXT, self.gpu.device, copies, (op,))
+        step, kernel = self.alone[op], self.shape.prepare(op, self.gpu.device, plans=[plan], overlap=False)
+        return graph_time_us(lambda i: step.run(op, kernel, i % step.copies), step.copies * math.ceil(48 / step.copies))
 
     def run(self) -> None:
         """Two rounds over the ops, the second over each op's best candidates."""
@@ -242,8 +257,8 @@ def tune_shape(shape: LayerShape, gpu: Gpu, count: int) -> tuple[dict[str, list]
 def projections_add(shape: LayerShape, gpu: Gpu, found: dict[str, list]) -> tuple[bool, list[str]]:
     """Whether o_proj and down_proj should add the residual themselves, with the plans that were found, and lines of report.
 
-    They should where that makes no step slower and one of them faster by what counts. Beyond their kernels all GEMMs are compiled
-    otherwise (mirage_compile.py), so the kernels of all four must end together.
+    They should where that makes the steps faster by what counts, in the geometric mean over the limits, and none notably slower. Beyond
+    their kernels all GEMMs are compiled otherwise (mirage_compile.py), so the kernels of all four must end together.
     """
     limits = {max((plan.max_num_tokens for plan in found[op]), default=0) for op in GEMMS}
     if len(limits) > 1 or limits == {0}:
@@ -265,7 +280,7 @@ def projections_add(shape: LayerShape, gpu: Gpu, found: dict[str, list]) -> tupl
         before, after = map(statistics.median, zip(*runs, strict=True))
         ratios.append(before / after)
         lines.append(f"  residual {limit:3} tokens: a layer takes {before:7.2f} µs with it in the norms, {after:7.2f} in the projections")
-    adds = min(ratios) >= 1 and max(ratios) >= WORTH
+    adds = min(ratios) >= LOSS and statistics.geometric_mean(ratios) >= WORTH
     return adds, [*lines, f"  residual: added by the {'projections' if adds else 'norms'}"]
 
 
