@@ -23,7 +23,6 @@
 #define __restrict__
 #define MIRAGE_DEVICE inline
 #define MIRAGE_UNROLL
-#define MIRAGE_ROLLED
 #define MIRAGE_SHARED(name) unsigned char *name = mirage::emulator::shared_memory()
 
 struct Dim {
@@ -281,10 +280,7 @@ static inline void store_cluster(void *address, int rank, float v) {
   emulator::store(remote, &v, sizeof v);
 }
 // A copy lands as early (`delayed` off) or as late as it may: at once, or when its group is waited for.
-using SharedAddress = unsigned char *;
-static inline SharedAddress shared_address(unsigned char *shared) { return shared; }
-#define load_shared_at(address) load_shared_as<Vec>(address)
-static inline void copy_async(SharedAddress shared, void const *source) {
+static inline void copy_async(void *shared, void const *source) {
   assert(reinterpret_cast<uintptr_t>(shared) % 16 == 0 && reinterpret_cast<uintptr_t>(source) % 16 == 0);
   if (emulator::delayed) emulator::self->copies.back().push_back({shared, source});
   else memcpy(shared, source, 16);

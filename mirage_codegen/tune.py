@@ -29,7 +29,7 @@ from mirage_codegen.layer import GEMMS, MODELS, OPS, PROJECTIONS, LayerShape, St
 from mirage_kernels import plans  # isort: skip  (layer.py puts it on the path)
 from mirage_kernels.compiler import Build, CompileError, CubinCache  # isort: skip
 
-LIMITS = (1, 8, 16, 32, 64)
+LIMITS = (1, 8, 16, 32)
 ATTENTION_LIMITS = (1, 2, 4, 8, 16, 32, 64)
 CONTEXT = 256  # tokens of each request while plans are chosen
 LONG_CONTEXT = 8192  # where attention must not lose either
@@ -64,16 +64,12 @@ class Gpu:
 
 
 def gemm_candidates(kind: str, k: int, n: int, limit: int, count: int, gpu: Gpu) -> list[plans.Plan]:
-    """The most promising plans, the same number of each schedule and ring; of each (cluster, warps, …) the best few."""
+    """The most promising plans, the same number of each schedule; of each (cluster, warps, room for the next kernel) the best few."""
     chosen: list[plans.Plan] = []
-    for schedule, shared_ring in itertools.product(plans.GEMM_OPS[kind].sources, (False, True)):
+    for schedule in plans.GEMM_OPS[kind].sources:
         if schedule == "fused" and limit > 16:
             continue  # measured: 32 tokens normalised by every block never win
-        found = [
-            plan
-            for plan in plans.candidates(kind, k, n, limit, schedule, gpu.multiprocessors, gpu.arch)
-            if plan.shared_ring == shared_ring
-        ]
+        found = plans.candidates(kind, k, n, limit, schedule, gpu.multiprocessors, gpu.arch)
         ranked = sorted(found, key=lambda plan: plans.distance(kind, plan, k, n, gpu.multiprocessors))
         seen: dict[tuple, int] = {}
         kept = []
@@ -289,7 +285,7 @@ def _short(plan: Any) -> str:
         return "stock path"
     return (
         f"{plan.schedule} grid {plan.grid}×{plan.cluster} loop {plan.forloop_range} warps {plan.warps} stages {plan.stages} "
-        f"early {plan.early} prefetch {plan.prefetch} ({plan.blocks_per_sm} a multiprocessor){' shared ring' * plan.shared_ring}"
+        f"early {plan.early} prefetch {plan.prefetch} ({plan.blocks_per_sm} a multiprocessor)"
     )
 
 

@@ -6,7 +6,6 @@ add, RMSNorm with vLLM's rounding points (vllm/ir/ops/layernorm.py), cuBLAS GEMM
 """
 
 import functools
-import itertools
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -188,25 +187,6 @@ def test_error_is_at_most_the_unfused_paths(case, kind, generator):
         for residual in inputs.variants(r):
             errors.add(kernel, inputs, x, residual)
     assert errors.ratio() <= 1.05
-
-
-@each_thorough_case
-def test_plans_whose_weights_wait_in_shared_memory_err_no_more_and_repeat_bit_by_bit(case, generator):
-    """Candidates of the tuner, in the table or not."""
-    arch = "sm_{}{}".format(*torch.cuda.get_device_capability(DEVICE))
-    inputs, errors = Inputs(case, generator), Errors()
-    for limit, schedule in itertools.product((1, 8, 16, 32, 64), plans.GEMM_OPS[case.op].sources):
-        candidates = plans.candidates(case.op, case.k, case.n, limit, schedule, arch=arch)
-        found = [plan for plan in candidates if plan.shared_ring]
-        for plan in sorted(found, key=lambda plan: plans.distance(case.op, plan, case.k, case.n))[:8:4]:
-            kernel = mirage_kernels.prepare(case.op, k=case.k, n=case.n, dtype=torch.bfloat16, device=DEVICE, plans=[plan])
-            assert not isinstance(kernel, str), kernel
-            for num_tokens in {limit, max(1, limit - 3)}:
-                x, r = draw("random", num_tokens, case.k, torch.bfloat16, generator)
-                errors.add(kernel, inputs, x, inputs.variants(r)[0])
-                first = inputs.call(kernel, x, inputs.variants(r)[0])[0]
-                assert all(torch.equal(inputs.call(kernel, x, inputs.variants(r)[0])[0], first) for _ in range(20))
-    assert 0 < errors.ratio() <= 1.05
 
 
 @pytest.mark.parametrize("kind", ["random", "tiny", "large"])

@@ -31,7 +31,6 @@ typedef unsigned long long uint64_t;
 #endif
 #define MIRAGE_DEVICE __device__ __forceinline__
 #define MIRAGE_UNROLL _Pragma("unroll")
-#define MIRAGE_ROLLED _Pragma("unroll 1")
 #define MIRAGE_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
 #endif
 
@@ -108,15 +107,9 @@ MIRAGE_DEVICE Vec load_global(void const *address) {
   return v;
 }
 // The same 16 bytes from global to shared memory without a stop in registers. Copies of one commit are a group.
-using SharedAddress = uint32_t;
-MIRAGE_DEVICE SharedAddress shared_address(void const *shared) { return static_cast<uint32_t>(__cvta_generic_to_shared(shared)); }
-MIRAGE_DEVICE void copy_async(SharedAddress shared, void const *address) {
-  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(shared), "l"(address) : "memory");
-}
-MIRAGE_DEVICE Vec load_shared_at(SharedAddress shared) {
-  Vec v;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3]) : "r"(shared));
-  return v;
+MIRAGE_DEVICE void copy_async(void *shared, void const *address) {
+  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))), "l"(address)
+               : "memory");
 }
 MIRAGE_DEVICE void commit_async() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int PENDING>
@@ -349,13 +342,13 @@ MIRAGE_DEVICE float block_sum(unsigned char *shared, float sum) {
 template <class S>
 struct SkinnyGemm {
   Vec ring[S::SHARED_RING ? 1 : S::STAGES][S::ROW_TILES][2];  // weights in flight: rows lane / 4 and lane / 4 + 8 of each row tile
-  SharedAddress shared_ring;             // or there, this lane's part, which nobody else reads: no barrier. `ring` then holds one step
+  unsigned char *shared_ring;            // or there, this lane's part, which nobody else reads: no barrier. `ring` then holds one step
   Fragments<S> activations[S::ACTIVATION_STAGES];
   float acc[S::ROW_TILES][S::TOKEN_TILES][4];
   unsigned char const *weight;           // this lane's 16 bytes of row lane / 4 of the cluster, at step 0
 
   MIRAGE_DEVICE SkinnyGemm(unsigned char *shared, void const *tensor, Position<S> const &at)
-      : shared_ring(shared_address(shared + (at.warp * S::STAGES * S::ROW_TILES * 2 * kWarp + at.lane) * 16)) {
+      : shared_ring(shared + (at.warp * S::STAGES * S::ROW_TILES * 2 * kWarp + at.lane) * 16) {
     weight = element(tensor, static_cast<uint64_t>(at.cluster * S::ROWS + at.lane / 4) * S::K + at.first_k);
     MIRAGE_UNROLL
     for (int i = 0; i < S::ROW_TILES * S::TOKEN_TILES * 4; ++i) acc[i / (S::TOKEN_TILES * 4)][i / 4 % S::TOKEN_TILES][i % 4] = 0.0f;
@@ -363,13 +356,13 @@ struct SkinnyGemm {
   // May run before the previous kernel has finished: weights do not depend on it.
   MIRAGE_DEVICE void start_early(void const *tensor, Position<S> const &at) {
     MIRAGE_UNROLL
-    for (int step = 0; step < S::EARLY; ++step) load(step, step);
+    for (int step = 0; step < S::EARLY; ++step) load(step);
     if (S::PREFETCH > 0 && at.thread < S::GEMMS * S::ROWS) {
       const uint64_t row = static_cast<uint64_t>(at.thread / S::ROWS) * S::N + at.cluster * S::ROWS + at.thread % S::ROWS;
       prefetch_l2(element(tensor, row * S::K + at.rank * S::K_BLOCK + S::EARLY_ITERATIONS * S::K_ITERATION), S::PREFETCH * S::K_ITERATION * 2);
     }
   }
-  MIRAGE_DEVICE void load(int step, int slot) {
+  MIRAGE_DEVICE void load(int step) {
     constexpr int TILES = S::ROWS / kRowTile;  // row tiles of one GEMM; GEMM g multiplies rows g * N of the weight tensor and on
     MIRAGE_UNROLL
     for (int r = 0; r < S::ROW_TILES; ++r) {
@@ -377,13 +370,15 @@ struct SkinnyGemm {
       MIRAGE_UNROLL
       for (int half = 0; half < 2; ++half) {
         unsigned char const *source = element(weight, index + half * 8 * S::K);
-        if constexpr (S::SHARED_RING) copy_async(place(slot, r, half), source);
-        else ring[slot][r][half] = load_weights(source);
+        if constexpr (S::SHARED_RING) copy_async(slot(step, r, half), source);
+        else ring[step % S::STAGES][r][half] = load_weights(source);
       }
     }
     if constexpr (S::SHARED_RING) commit_async();
   }
-  MIRAGE_DEVICE SharedAddress place(int slot, int r, int half) const { return shared_ring + ((slot * S::ROW_TILES + r) * 2 + half) * kWarp * 16; }
+  MIRAGE_DEVICE unsigned char *slot(int step, int r, int half) const {
+    return shared_ring + (((step % S::STAGES) * S::ROW_TILES + r) * 2 + half) * kWarp * 16;
+  }
   // load_step(step, fragments&) loads the activations of a step; prologue(step, tile, fragments) makes of them the operand's
   // fragment for one tile of 8 tokens.
   template <class LoadStep, class Prologue>
@@ -391,50 +386,30 @@ struct SkinnyGemm {
     MIRAGE_UNROLL
     for (int step = 0; step < S::STAGES; ++step) {
       if (step < S::ACTIVATION_STAGES) load_step(step, activations[step]);  // before the weights of the step: they would wait behind them
-      if (step >= S::EARLY) load(step, step);
+      if (step >= S::EARLY) load(step);
     }
-    if constexpr (!S::SHARED_RING) {
-      MIRAGE_UNROLL
-      for (int step = 0; step < S::STEPS; ++step) {
-        const int slot = step % S::STAGES;
-        multiply(step, ring[slot], activations[slot], prologue);
-        if (step + S::STAGES < S::STEPS) {
-          load_step(step + S::STAGES, activations[slot]);
-          load(step + S::STAGES, slot);
-        }
-      }
-      return;
-    }
-    int slot = 0;
-    MIRAGE_ROLLED  // unrolled, the addresses of all steps took so many registers that some were spilled
-    for (int first = 0; first < S::STEPS; first += S::ACTIVATION_STAGES) {
-      MIRAGE_UNROLL
-      for (int i = 0; i < S::ACTIVATION_STAGES; ++i) {
-        const int step = first + i;
-        if (S::STEPS % S::ACTIVATION_STAGES != 0 && step >= S::STEPS) break;
+    MIRAGE_UNROLL
+    for (int step = 0; step < S::STEPS; ++step) {
+      Fragments<S> &fragments = activations[step % S::ACTIVATION_STAGES];
+      const int held = S::SHARED_RING ? 0 : step % S::STAGES;
+      if constexpr (S::SHARED_RING) {
         wait_async<S::STAGES - 1>();  // one group a step, so the step's own has landed
         MIRAGE_UNROLL
-        for (int r = 0; r < S::ROW_TILES; ++r)
-          for (int half = 0; half < 2; ++half) ring[0][r][half] = load_shared_at(place(slot, r, half));
-        multiply(step, ring[0], activations[i], prologue);
-        if (step + S::ACTIVATION_STAGES < S::STEPS) load_step(step + S::ACTIVATION_STAGES, activations[i]);
-        if (step + S::STAGES < S::STEPS) load(step + S::STAGES, slot);
-        else commit_async();  // an empty group keeps the count
-        slot = slot + 1 == S::STAGES ? 0 : slot + 1;
+        for (int r = 0; r < S::ROW_TILES; ++r) ring[0][r][0] = load_shared(slot(step, r, 0)), ring[0][r][1] = load_shared(slot(step, r, 1));
       }
-    }
-  }
-  template <class Prologue>
-  MIRAGE_DEVICE void multiply(int step, Vec const (&weights)[S::ROW_TILES][2], Fragments<S> const &fragments, Prologue prologue) {
-    MIRAGE_UNROLL
-    for (int c = 0; c < S::TOKEN_TILES; ++c) {
-      const Vec b = prologue(step, c, fragments);
       MIRAGE_UNROLL
-      for (int r = 0; r < S::ROW_TILES; ++r) {
-        Vec const &low = weights[r][0], &high = weights[r][1];
-        mma(acc[r][c], low.word[0], high.word[0], low.word[1], high.word[1], b.word[0], b.word[1]);
-        mma(acc[r][c], low.word[2], high.word[2], low.word[3], high.word[3], b.word[2], b.word[3]);
+      for (int c = 0; c < S::TOKEN_TILES; ++c) {
+        const Vec b = prologue(step, c, fragments);
+        MIRAGE_UNROLL
+        for (int r = 0; r < S::ROW_TILES; ++r) {
+          Vec const &low = ring[held][r][0], &high = ring[held][r][1];
+          mma(acc[r][c], low.word[0], high.word[0], low.word[1], high.word[1], b.word[0], b.word[1]);
+          mma(acc[r][c], low.word[2], high.word[2], low.word[3], high.word[3], b.word[2], b.word[3]);
+        }
       }
+      if (step + S::ACTIVATION_STAGES < S::STEPS) load_step(step + S::ACTIVATION_STAGES, fragments);
+      if (step + S::STAGES < S::STEPS) load(step + S::STAGES);
+      else if constexpr (S::SHARED_RING) commit_async();  // an empty group keeps the count
     }
   }
   // Sums the warps' and the cluster's shares, then calls epilogue(token, n, values[GEMMS][2]) for two neighbouring n of each token.

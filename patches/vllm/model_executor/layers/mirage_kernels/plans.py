@@ -20,8 +20,6 @@ STEP = 32  # k of one 16-byte load by four lanes
 HEAD_DIM = 128  # the head that decode_attention.cu is written for
 REGISTERS = 65536  # 32-bit registers of a multiprocessor, sm_80 and up
 SHARED_BYTES = 99 * 1024  # shared memory of a block that every architecture from sm_80 on grants
-LARGE_SHARED_BYTES = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}  # those that grant more (CUDA programming guide)
-ACTIVATION_STAGES = 2  # steps of activations in flight beside a ring in shared memory, as in mirage_runtime.cuh
 
 
 @dataclass(frozen=True)
@@ -215,7 +213,7 @@ def candidates(
     op: str, k: int, n: int, max_num_tokens: int, schedule: str, multiprocessors: int = 132, arch: str = "sm_90"
 ) -> Iterator[Plan]:
     """Every plan worth measuring for a shape: tiles that divide, registers and shared memory that fit, most multiprocessors busy."""
-    fitting = _fitting(op, k, n, max_num_tokens, schedule, multiprocessors, arch)
+    fitting = _fitting(op, k, n, max_num_tokens, schedule, multiprocessors)
     found = [plan for plan in fitting if plan.cluster <= largest_cluster(arch)]
     busy = [plan for plan in found if plan.grid * plan.cluster >= 0.72 * multiprocessors]
     if not busy and found:  # a narrow shard: as many blocks as it gives
@@ -224,7 +222,7 @@ def candidates(
     yield from busy
 
 
-def _fitting(op: str, k: int, n: int, max_num_tokens: int, schedule: str, multiprocessors: int, arch: str) -> Iterator[Plan]:
+def _fitting(op: str, k: int, n: int, max_num_tokens: int, schedule: str, multiprocessors: int) -> Iterator[Plan]:
     weights = GEMM_OPS[op].weights
     tokens = round_up(max_num_tokens, COLUMNS)
     columns = tokens // COLUMNS
@@ -236,47 +234,32 @@ def _fitting(op: str, k: int, n: int, max_num_tokens: int, schedule: str, multip
             grid, row_tiles = n // (tiles * ROW_TILE), tiles * weights
             if grid * cluster > multiprocessors * blocks_per_sm:
                 continue
-            registers = min(255, REGISTERS // (warps * 32 * blocks_per_sm)) - row_tiles * columns * 4 - 28
-            activations = columns * 8 + 4 if schedule == "fused" else columns * 4
+            registers = min(255, REGISTERS // (warps * 32 * blocks_per_sm))
+            per_stage = row_tiles * 8 + (columns * 8 + 4 if schedule == "fused" else columns * 4)
+            stages = min(steps, (registers - row_tiles * columns * 4 - 28) // per_stage)
             rows = row_tiles * ROW_TILE
-            sums = tokens * warps * cluster * 4 + tokens * rows * 4
-            partial = warps * tokens * (rows + 4) * 4
-            stages = min(steps, registers // (row_tiles * 8 + activations))
-            depths = [(stage, False) for stage in sorted({stages, min(stages, 2), 1})]
-            if stages < 1 or (partial + sums) * blocks_per_sm > 220 * 1024 or partial + sums > SHARED_BYTES:
-                depths = []
-            granted = LARGE_SHARED_BYTES.get(arch, SHARED_BYTES)
-            room = (granted + 1024) // blocks_per_sm - 1024 - sums  # each block takes 1 KB more than it asks for
-            deepest = min(steps, room // (warps * rows * STEP * 2))
-            if registers >= row_tiles * 8 + ACTIVATION_STAGES * activations and partial <= room:
-                depths += [(stage, True) for stage in sorted({deepest, deepest * 2 // 3, deepest // 2}) if stage > 1]
+            shared = warps * tokens * (rows + 4) * 4 + tokens * warps * cluster * 4 + tokens * rows * 4
+            if stages < 1 or shared * blocks_per_sm > 220 * 1024 or shared > SHARED_BYTES:
+                continue
             # two steps side by side read whole 128-byte lines: 4.6 against 5.0 µs (K 1024, 8 tokens, H200)
             for units in (2, 1) if steps % 2 == 0 else (1,):
                 iterations = steps // units * cluster
-                for stage, shared_ring in depths:
+                for stage in sorted({stages, min(stages, 2), 1}):
                     for early in (stage, 0) if schedule == "fused" else (stage,):
                         for prefetch in (0, 2, steps) if steps > early else (0,):
-                            yield Plan(
-                                *(max_num_tokens, schedule, grid, iterations, cluster, warps, stage, early, prefetch, blocks_per_sm),
-                                shared_ring=shared_ring,
-                            )
+                            yield Plan(max_num_tokens, schedule, grid, iterations, cluster, warps, stage, early, prefetch, blocks_per_sm)
 
 
 def distance(op: str, plan: Plan, k: int, n: int, multiprocessors: int = 132) -> float:
-    """How unpromising a plan looks before anybody has measured it: multiprocessors idle, far from 48 KB of weights in flight on each.
-
-    A ring in shared memory may hold twice that.
-    """
+    """How unpromising a plan looks before anybody has measured it: multiprocessors idle, far from 48 KB of weights in flight on each."""
     blocks = plan.grid * plan.cluster
     per_sm = math.ceil(blocks / multiprocessors)
     row_tiles = GEMM_OPS[op].weights * n // plan.grid // ROW_TILE
     in_flight = per_sm * plan.warps * plan.stages * row_tiles * ROW_TILE * STEP * 2
     idle = 1 - blocks / (multiprocessors * per_sm)
-    wanted = 98304 if plan.shared_ring else 49152
-    return 4 * idle + 0.3 * math.log2(plan.cluster) + 0.2 * abs(math.log2(in_flight / wanted)) + 0.1 * (plan.prefetch > 0)
+    return 4 * idle + 0.3 * math.log2(plan.cluster) + 0.2 * abs(math.log2(in_flight / 49152)) + 0.1 * (plan.prefetch > 0)
 
 
 def heuristic(op: str, k: int, n: int, max_num_tokens: int, arch: str = "sm_90") -> Plan | None:
-    """A plan for a shape that nobody measured, with the ring in registers, which has been measured most."""
-    found = (plan for plan in candidates(op, k, n, max_num_tokens, "split", arch=arch) if not plan.shared_ring)
-    return min(found, key=lambda plan: distance(op, plan, k, n), default=None)
+    """A plan for a shape that nobody measured."""
+    return min(candidates(op, k, n, max_num_tokens, "split", arch=arch), key=lambda plan: distance(op, plan, k, n), default=None)
