@@ -41,17 +41,12 @@ struct Store {
   unsigned char bytes[16];
   int size;
 };
-struct Copy {
-  void *shared;
-  void const *source;
-};
 struct Fiber {
   ucontext_t context;
   std::vector<char> stack;
   State state;
   int thread, block, arrivals;
   std::vector<Store> pending;
-  std::vector<std::vector<Copy>> copies;  // groups under way, the last one not committed yet
 };
 struct WarpExchange {
   uint32_t a[32][4], b[32][2];
@@ -159,7 +154,6 @@ static int run_cluster(int block, int blocks, int threads, void (*body)()) {  //
     f.stack.resize(64 * 1024);
     f.state = kReady, f.thread = static_cast<int>(i) % threads, f.block = static_cast<int>(i) / threads, f.arrivals = 0;
     f.pending.clear();
-    f.copies.assign(1, {});
     getcontext(&f.context);
     f.context.uc_stack.ss_sp = f.stack.data(), f.context.uc_stack.ss_size = f.stack.size(), f.context.uc_link = nullptr;
     makecontext(&f.context, trampoline, 0);
@@ -278,21 +272,6 @@ static inline int cluster_rank() { return emulator::self->block; }
 static inline void store_cluster(void *address, int rank, float v) {
   unsigned char *remote = emulator::shared_of(rank) + (static_cast<unsigned char *>(address) - emulator::shared_memory());
   emulator::store(remote, &v, sizeof v);
-}
-// A copy lands as early (`delayed` off) or as late as it may: at once, or when its group is waited for.
-static inline void copy_async(void *shared, void const *source) {
-  assert(reinterpret_cast<uintptr_t>(shared) % 16 == 0 && reinterpret_cast<uintptr_t>(source) % 16 == 0);
-  if (emulator::delayed) emulator::self->copies.back().push_back({shared, source});
-  else memcpy(shared, source, 16);
-}
-static inline void commit_async() { emulator::self->copies.emplace_back(); }
-template <int PENDING>
-static inline void wait_async() {
-  auto &groups = emulator::self->copies;
-  while (static_cast<int>(groups.size()) - 1 > PENDING) {
-    for (emulator::Copy const &copy : groups.front()) memcpy(copy.shared, copy.source, 16);
-    groups.erase(groups.begin());
-  }
 }
 static inline void prefetch_l2(void const *, uint32_t) {}
 static inline void wait_for_previous_kernel() {}

@@ -106,16 +106,6 @@ MIRAGE_DEVICE Vec load_global(void const *address) {
                : "memory");
   return v;
 }
-// The same 16 bytes from global to shared memory without a stop in registers. Copies of one commit are a group.
-MIRAGE_DEVICE void copy_async(void *shared, void const *address) {
-  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))), "l"(address)
-               : "memory");
-}
-MIRAGE_DEVICE void commit_async() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int PENDING>
-MIRAGE_DEVICE void wait_async() {  // until at most PENDING of this thread's groups are under way
-  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
-}
 MIRAGE_DEVICE void store_global(void *address, Vec v) {
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(v.word[0]), "r"(v.word[1]), "r"(v.word[2]), "r"(v.word[3])
                : "memory");
@@ -201,7 +191,7 @@ MIRAGE_DEVICE Vec pack(float const (&in)[kVector]) {
 // ------------------------------------------------------------------------------------------------ schedule
 // Everything that the plan and the muGraph's grid, for-loop range and tile maps decide. Lengths are in elements.
 template <int K_, int N_, int TOKENS_, int GRID_, int FORLOOP_, int CLUSTER_, int WARPS_, int STAGES_, int EARLY_, int PREFETCH_,
-          int SHARED_RING_, int GEMMS_, int INPUTS_, int VECTORS_, int ROW_SUMS_>
+          int GEMMS_, int INPUTS_, int VECTORS_, int ROW_SUMS_>
 struct Schedule {
   static constexpr int K = K_, N = N_, TOKENS = TOKENS_, GRID = GRID_, FORLOOP = FORLOOP_, CLUSTER = CLUSTER_, WARPS = WARPS_;
   static constexpr int THREADS = WARPS * kWarp;
@@ -217,8 +207,6 @@ struct Schedule {
   static constexpr int UNITS = K_ITERATION / (WARPS * kStep);                   // neighbouring steps of a warp in an iteration
   static constexpr int STEPS = K_BLOCK / (WARPS * kStep);                       // steps of a warp
   static constexpr int STAGES = STAGES_ < STEPS ? STAGES_ : STEPS;              // steps in flight
-  static constexpr bool SHARED_RING = SHARED_RING_;                             // weights in flight go to shared memory, not to registers
-  static constexpr int ACTIVATION_STAGES = SHARED_RING && STAGES > 2 ? 2 : STAGES;  // steps of activations in flight, in registers: they come from L2
   static constexpr int EARLY = EARLY_ < STAGES ? EARLY_ : STAGES;               // steps of weights asked for before the previous kernel is done
   static constexpr int EARLY_ITERATIONS = (EARLY + UNITS - 1) / UNITS, LATE_ITERATIONS = FORLOOP / CLUSTER - EARLY_ITERATIONS;
   static constexpr int PREFETCH = PREFETCH_ < LATE_ITERATIONS ? PREFETCH_ : LATE_ITERATIONS;  // further iterations asked into L2 before that
@@ -227,11 +215,9 @@ struct Schedule {
   static_assert(K % FORLOOP == 0 && FORLOOP % CLUSTER == 0 && UNITS * WARPS * kStep == K_ITERATION, "for-loop range must divide K into warps x 32");
   static_assert(ROWS % (2 * CLUSTER) == 0, "a cluster's blocks share its rows in pairs");
 
-  // shared memory: the ring, and at the end partial sums of the warps in its place | row sums of the warps and blocks | partial sums of the blocks
+  // shared memory, used at the end only: partial sums of the warps | row sums of the warps and blocks | partial sums of the blocks
   static constexpr int PITCH = GEMMS * ROWS + 4;                                // 4 mod 16 words: the four lanes of a row hit different banks
-  static constexpr int PARTIAL_BYTES = WARPS * TOKENS * PITCH * 4;
-  static constexpr int RING_BYTES = SHARED_RING ? WARPS * STAGES * ROW_TILES * 2 * kWarp * 16 : 0;
-  static constexpr int SUMS_OFFSET = PARTIAL_BYTES > RING_BYTES ? PARTIAL_BYTES : RING_BYTES;
+  static constexpr int SUMS_OFFSET = WARPS * TOKENS * PITCH * 4;
   static constexpr int SUM_PARTS = WARPS * CLUSTER;
   static constexpr int CLUSTER_OFFSET = SUMS_OFFSET + ROW_SUMS * TOKENS * SUM_PARTS * 4;
   static constexpr int SHARED_BYTES = CLUSTER_OFFSET + (CLUSTER > 1 ? TOKENS * GEMMS * ROWS * 4 : 0);
@@ -341,14 +327,12 @@ MIRAGE_DEVICE float block_sum(unsigned char *shared, float sum) {
 // ------------------------------------------------------------------------------------------------ skinny GEMM
 template <class S>
 struct SkinnyGemm {
-  Vec ring[S::SHARED_RING ? 1 : S::STAGES][S::ROW_TILES][2];  // weights in flight: rows lane / 4 and lane / 4 + 8 of each row tile
-  unsigned char *shared_ring;            // or there, this lane's part, which nobody else reads: no barrier. `ring` then holds one step
-  Fragments<S> activations[S::ACTIVATION_STAGES];
+  Vec ring[S::STAGES][S::ROW_TILES][2];  // weights in flight: rows lane / 4 and lane / 4 + 8 of each row tile
+  Fragments<S> activations[S::STAGES];
   float acc[S::ROW_TILES][S::TOKEN_TILES][4];
   unsigned char const *weight;           // this lane's 16 bytes of row lane / 4 of the cluster, at step 0
 
-  MIRAGE_DEVICE SkinnyGemm(unsigned char *shared, void const *tensor, Position<S> const &at)
-      : shared_ring(shared + (at.warp * S::STAGES * S::ROW_TILES * 2 * kWarp + at.lane) * 16) {
+  MIRAGE_DEVICE SkinnyGemm(void const *tensor, Position<S> const &at) {
     weight = element(tensor, static_cast<uint64_t>(at.cluster * S::ROWS + at.lane / 4) * S::K + at.first_k);
     MIRAGE_UNROLL
     for (int i = 0; i < S::ROW_TILES * S::TOKEN_TILES * 4; ++i) acc[i / (S::TOKEN_TILES * 4)][i / 4 % S::TOKEN_TILES][i % 4] = 0.0f;
@@ -367,17 +351,9 @@ struct SkinnyGemm {
     MIRAGE_UNROLL
     for (int r = 0; r < S::ROW_TILES; ++r) {
       const uint64_t index = (static_cast<uint64_t>(r / TILES) * S::N + r % TILES * kRowTile) * S::K + Position<S>::step_k(step);
-      MIRAGE_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        unsigned char const *source = element(weight, index + half * 8 * S::K);
-        if constexpr (S::SHARED_RING) copy_async(slot(step, r, half), source);
-        else ring[step % S::STAGES][r][half] = load_weights(source);
-      }
+      ring[step % S::STAGES][r][0] = load_weights(element(weight, index));
+      ring[step % S::STAGES][r][1] = load_weights(element(weight, index + 8 * S::K));
     }
-    if constexpr (S::SHARED_RING) commit_async();
-  }
-  MIRAGE_DEVICE unsigned char *slot(int step, int r, int half) const {
-    return shared_ring + (((step % S::STAGES) * S::ROW_TILES + r) * 2 + half) * kWarp * 16;
   }
   // load_step(step, fragments&) loads the activations of a step; prologue(step, tile, fragments) makes of them the operand's
   // fragment for one tile of 8 tokens.
@@ -385,37 +361,31 @@ struct SkinnyGemm {
   MIRAGE_DEVICE void run(LoadStep load_step, Prologue prologue) {
     MIRAGE_UNROLL
     for (int step = 0; step < S::STAGES; ++step) {
-      if (step < S::ACTIVATION_STAGES) load_step(step, activations[step]);  // before the weights of the step: they would wait behind them
+      load_step(step, activations[step]);  // before the weights of the step: they would wait behind them
       if (step >= S::EARLY) load(step);
     }
     MIRAGE_UNROLL
     for (int step = 0; step < S::STEPS; ++step) {
-      Fragments<S> &fragments = activations[step % S::ACTIVATION_STAGES];
-      const int held = S::SHARED_RING ? 0 : step % S::STAGES;
-      if constexpr (S::SHARED_RING) {
-        wait_async<S::STAGES - 1>();  // one group a step, so the step's own has landed
-        MIRAGE_UNROLL
-        for (int r = 0; r < S::ROW_TILES; ++r) ring[0][r][0] = load_shared(slot(step, r, 0)), ring[0][r][1] = load_shared(slot(step, r, 1));
-      }
+      const int slot = step % S::STAGES;
       MIRAGE_UNROLL
       for (int c = 0; c < S::TOKEN_TILES; ++c) {
-        const Vec b = prologue(step, c, fragments);
+        const Vec b = prologue(step, c, activations[slot]);
         MIRAGE_UNROLL
         for (int r = 0; r < S::ROW_TILES; ++r) {
-          Vec const &low = ring[held][r][0], &high = ring[held][r][1];
+          Vec const &low = ring[slot][r][0], &high = ring[slot][r][1];
           mma(acc[r][c], low.word[0], high.word[0], low.word[1], high.word[1], b.word[0], b.word[1]);
           mma(acc[r][c], low.word[2], high.word[2], low.word[3], high.word[3], b.word[2], b.word[3]);
         }
       }
-      if (step + S::ACTIVATION_STAGES < S::STEPS) load_step(step + S::ACTIVATION_STAGES, fragments);
-      if (step + S::STAGES < S::STEPS) load(step + S::STAGES);
-      else if constexpr (S::SHARED_RING) commit_async();  // an empty group keeps the count
+      if (step + S::STAGES < S::STEPS) {
+        load_step(step + S::STAGES, activations[slot]);
+        load(step + S::STAGES);
+      }
     }
   }
   // Sums the warps' and the cluster's shares, then calls epilogue(token, n, values[GEMMS][2]) for two neighbouring n of each token.
   template <class Epilogue>
   MIRAGE_DEVICE void finish(unsigned char *shared, Position<S> const &at, int num_tokens, Epilogue epilogue) {
-    if constexpr (S::SHARED_RING) block_barrier();  // every warp has read its ring: its place may be written
     MIRAGE_UNROLL
     for (int r = 0; r < S::ROW_TILES; ++r)
       MIRAGE_UNROLL

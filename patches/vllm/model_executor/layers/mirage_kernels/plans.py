@@ -88,7 +88,6 @@ class Plan:
     early           steps of weights asked for before the previous kernel has finished
     prefetch        further iterations asked into L2 before that
     blocks_per_sm   blocks that must fit on a multiprocessor; more than the grid fills leave room for the next kernel to start in
-    shared_ring     weights in flight wait in shared memory instead of registers: more of them, and registers for more tokens
     """
 
     max_num_tokens: int
@@ -101,7 +100,6 @@ class Plan:
     early: int
     prefetch: int
     blocks_per_sm: int
-    shared_ring: bool = False
 
     def defines(self, k: int, n: int) -> dict[str, int]:
         """The macros that bind a GEMM source to this plan."""
@@ -117,7 +115,6 @@ class Plan:
             "MIRAGE_EARLY": self.early,
             "MIRAGE_PREFETCH": self.prefetch,
             "MIRAGE_OCCUPANCY": self.blocks_per_sm,
-            "MIRAGE_SHARED_RING": int(self.shared_ring),
         }
 
 
