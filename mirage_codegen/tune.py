@@ -29,7 +29,7 @@ from mirage_codegen.layer import GEMMS, MODELS, OPS, PROJECTIONS, LayerShape, St
 from mirage_kernels import plans  # isort: skip  (layer.py puts it on the path)
 from mirage_kernels.compiler import Build, CompileError, CubinCache  # isort: skip
 
-LIMITS = (1, 8, 16, 32)
+LIMITS = (1, 8, 16, 32, 48, 64)
 ATTENTION_LIMITS = (1, 2, 4, 8, 16, 32, 64)
 CONTEXT = 256  # tokens of each request while plans are chosen
 LONG_CONTEXT = 8192  # where attention must not lose either
@@ -127,9 +127,10 @@ class Tuner:
             return list(attention_candidates(self.shape, self.limit, self.gpu))
         kind, k, n = self.shape.gemm(op)
         found = gemm_candidates(kind, k, n, self.limit, self.count, self.gpu)
-        inherited = self.known.get(op)
-        if inherited is not None and plans.round_up(inherited.max_num_tokens, 8) == plans.round_up(self.limit, 8):
-            found.append(replace(inherited, max_num_tokens=self.limit))
+        known = plans.plans_for(kind, k, n, self.gpu.arch)  # what the table holds is never lost to a worse choice
+        for plan in (self.known.get(op), *(known if isinstance(known, list) else ())):
+            if plan is not None and plans.round_up(plan.max_num_tokens, 8) == plans.round_up(self.limit, 8):
+                found.append(replace(plan, max_num_tokens=self.limit))
         return list(dict.fromkeys(found))
 
     def tune(self, op: str, candidates: list[Any]) -> None:
@@ -213,7 +214,7 @@ def tune_attention(shape: LayerShape, gpu: Gpu, kernels: dict[str, Any]) -> tupl
                 times = [step.time_us({**others, "attention": kernel}, replays=5) for step in steps]
                 timed.append((times, plan))
         # short contexts count most, among plans that lose nothing at long ones
-        fair = [entry for entry in timed if entry[0][1] <= stock[1]]
+        fair = [entry for entry in timed if entry[0][1] <= stock[1] * TIE]
         best = min(fair, key=lambda entry: entry[0][0] * entry[0][1] ** 0.15, default=None)
         for times, plan in sorted(timed, key=lambda entry: entry[0][0])[:3]:
             cases = zip((CONTEXT, LONG_CONTEXT), times, stock, strict=True)

@@ -1,5 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tests/sanitize.sh watches: each plan and variant of every op at a few shapes, for full and ragged token counts."""
+"""What tests/sanitize.sh watches: each plan and variant of every op at a few shapes, for full and ragged token counts.
+
+    python sanitize.py [small]
+
+Inputs are made on the CPU and copied: initcheck, told to watch our kernels alone, would take what PyTorch's kernels write for
+uninitialised.  `small` leaves out the large shapes, under which initcheck needs many minutes.
+"""
 
 import sys
 from pathlib import Path
@@ -16,14 +22,17 @@ GEMMS = [  # (op, K, N): a model's few and many columns, and a narrow shard whos
     ("rms_norm_linear", 4096, 6144),
     ("rms_norm_linear", 1024, 512),
     ("rms_norm_gate_up_silu", 1024, 3072),
+    ("rms_norm_gate_up_silu", 1024, 768),
     ("rms_norm_gate_up_silu", 4096, 768),
     ("linear", 2048, 1024),
     ("linear", 3072, 1024),
     ("linear", 1024, 4096),
+    ("linear", 1024, 512),
     ("linear_residual", 2048, 1024),
-    ("linear_residual", 1024, 4096),
+    ("linear_residual", 1024, 512),
 ]
 HEADS = [(16, 8), (32, 8), (5, 1), (8, 1)]
+SMALL = 1 << 20  # elements of a weight
 SEQ_LENS = (0, 1, 16, 17, 100, 257)
 CLUSTERS = (1, 2, 4, 8)
 
@@ -33,7 +42,7 @@ def token_counts(plan: plans.Plan | plans.AttentionPlan) -> set[int]:
 
 
 def random(*size: int) -> torch.Tensor:
-    return torch.randn(size, device=DEVICE).bfloat16()
+    return torch.randn(size).bfloat16().to(DEVICE)
 
 
 def run_gemm(op: str, k: int, n: int) -> int:
@@ -69,10 +78,11 @@ def run_attention(heads: int, kv_heads: int, page: int) -> int:
         lengths = [SEQ_LENS[(num_tokens + i) % len(SEQ_LENS)] for i in range(num_tokens)]
         pages_each = -(-max(SEQ_LENS) // page)
         cache = random(num_tokens * pages_each, page, kv_heads, 256).transpose(1, 2)
-        table = torch.randperm(num_tokens * pages_each, device=DEVICE).int().view(num_tokens, pages_each)
-        seq_lens = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
+        table = torch.randperm(num_tokens * pages_each).int().view(num_tokens, pages_each)
+        seq_lens = torch.tensor(lengths, dtype=torch.int32)
         last = (seq_lens.long() - 1).clamp(min=0)
         slots = torch.where(seq_lens > 0, table.gather(1, (last // page)[:, None])[:, 0] * page + last % page, -1)
+        last, slots, table, seq_lens = (tensor.to(DEVICE) for tensor in (last, slots, table, seq_lens))
         out = torch.empty(num_tokens, heads * 128, dtype=torch.bfloat16, device=DEVICE)
         qkv = random(num_tokens, (heads + 2 * kv_heads) * 128)
         kernel(qkv, last, random(128), random(128), random(max(SEQ_LENS), 128), cache, slots, table, seq_lens, 1e-6, 128**-0.5, out)
@@ -81,7 +91,8 @@ def run_attention(heads: int, kv_heads: int, page: int) -> int:
 
 
 def main() -> None:
-    calls = sum(run_gemm(*shape) for shape in GEMMS)
+    small = "small" in sys.argv[1:]
+    calls = sum(run_gemm(op, k, n) for op, k, n in GEMMS if not small or k * n <= SMALL)
     calls += sum(run_attention(*heads, page) for heads, page in zip(HEADS, (16, 32, 16, 32), strict=True))
     torch.cuda.synchronize()
     print(f"{calls} calls")

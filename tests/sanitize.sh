@@ -7,7 +7,7 @@ usage() {
   cat <<'TEXT'
 usage: tests/sanitize.sh [PYTHON]
 
-Runs every kernel variant under compute-sanitizer's memcheck, racecheck, synccheck and initcheck with PYTHON
+Runs every kernel variant under compute-sanitizer's memcheck, racecheck, synccheck and initcheck (small shapes) with PYTHON
 (default: python3), and prints each tool's summary. Needs an NVIDIA GPU and compute-sanitizer (CUDA toolkit).
 TEXT
 }
@@ -16,7 +16,9 @@ watch() { # watch TOOL PYTHON SCRIPT REPORT
   local options=(--kernel-regex kns=rms_norm --kernel-regex kns=linear --kernel-regex kns=silu --kernel-regex kns=decode_attention)
   # cuda-bindings asks the driver for functions that it may lack; memcheck would count each answer as an error of ours
   [[ $1 == memcheck ]] && options+=(--report-api-errors no)
-  compute-sanitizer --tool "$1" "${options[@]}" --error-exitcode 1 "$2" "$3" >"$4" 2>&1
+  local shapes=()
+  [[ $1 == initcheck ]] && shapes=(small)
+  compute-sanitizer --tool "$1" "${options[@]}" --error-exitcode 1 "$2" "$3" ${shapes[@]+"${shapes[@]}"} >"$4" 2>&1
 }
 
 main() {

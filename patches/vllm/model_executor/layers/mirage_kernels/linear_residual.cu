@@ -18,7 +18,7 @@ struct Arguments {
 };
 
 using Plan = mirage::Schedule<MIRAGE_K, MIRAGE_N, MIRAGE_TOKENS, MIRAGE_GRID, MIRAGE_FORLOOP, MIRAGE_CLUSTER, MIRAGE_WARPS,
-                              MIRAGE_STAGES, MIRAGE_EARLY, MIRAGE_PREFETCH, MIRAGE_SHARED_RING, 1, 1, 0, 0>;
+                              MIRAGE_STAGES, MIRAGE_EARLY, MIRAGE_PREFETCH, 1, 1, 0, 0>;
 
 extern "C" __device__ const int mirage_launch_shape[4] = {
     Plan::GRID * Plan::CLUSTER, Plan::THREADS, Plan::CLUSTER, Plan::SHARED_BYTES};
@@ -28,7 +28,7 @@ extern "C" __global__ void __launch_bounds__(Plan::THREADS, MIRAGE_OCCUPANCY) li
   MIRAGE_SHARED(shared);
   const Position<Plan> at;
   if (Plan::CLUSTER > 1) cluster_arrive();
-  SkinnyGemm<Plan> gemm(shared, args.W, at);
+  SkinnyGemm<Plan> gemm(args.W, at);
   gemm.start_early(args.W, at);
   release_next_kernel();
   wait_for_previous_kernel();

@@ -28,7 +28,7 @@ struct Arguments {
 };
 
 using Plan = mirage::Schedule<MIRAGE_K, MIRAGE_N, MIRAGE_TOKENS, MIRAGE_GRID, MIRAGE_FORLOOP, MIRAGE_CLUSTER, MIRAGE_WARPS,
-                              MIRAGE_STAGES, MIRAGE_EARLY, MIRAGE_PREFETCH, MIRAGE_SHARED_RING, 2, 1, 1, 1>;
+                              MIRAGE_STAGES, MIRAGE_EARLY, MIRAGE_PREFETCH, 2, 1, 1, 1>;
 
 extern "C" __device__ const int mirage_launch_shape[4] = {
     Plan::GRID * Plan::CLUSTER, Plan::THREADS, Plan::CLUSTER, Plan::SHARED_BYTES};
@@ -38,7 +38,7 @@ extern "C" __global__ void __launch_bounds__(Plan::THREADS, MIRAGE_OCCUPANCY) rm
   MIRAGE_SHARED(shared);
   const Position<Plan> at;
   if (Plan::CLUSTER > 1) cluster_arrive();
-  SkinnyGemm<Plan> gemm(shared, args.W_gate_up, at);
+  SkinnyGemm<Plan> gemm(args.W_gate_up, at);
   gemm.start_early(args.W_gate_up, at);
   release_next_kernel();
   wait_for_previous_kernel();
