@@ -82,7 +82,7 @@ part_load() {
 serve_a_crowd() { # serve_a_crowd SWITCH MODEL
   local port=$((8100 + $1)) server status=1
   VLLM_USE_MIRAGE=$1 python -m vllm.entrypoints.cli.main serve "$2" --served-model-name tiny --port "$port" --max-model-len 2048 \
-    --kv-cache-memory-bytes $((8 << 30)) >"$out/server-$1.log" 2>&1 &
+    --kv-cache-memory-bytes $((8 << 30)) --gpu-memory-utilization 0.2 >"$out/server-$1.log" 2>&1 &
   server=$!
   for _ in $(seq 180); do
     kill -0 "$server" 2>/dev/null || break

@@ -3,8 +3,8 @@
 
     python sanitize.py [small]
 
-Inputs are made on the CPU and copied: initcheck, told to watch our kernels alone, would take what PyTorch's kernels write for
-uninitialised.  `small` leaves out the large shapes, under which initcheck needs many minutes.
+Inputs are made on the CPU and copied, outputs copied back: initcheck, told to watch our kernels alone, takes what PyTorch's kernels
+write for uninitialised.  `small` leaves out the large shapes, under which initcheck needs many minutes.
 """
 
 import sys
@@ -61,7 +61,7 @@ def run_gemm(op: str, k: int, n: int) -> int:
             outs = [kernel(x, weight, random(num_tokens, n))]
         else:
             outs = [kernel(x, residual, norm_weight, weight, 1e-6)[0] for residual in (random(num_tokens, k), None)]
-        assert all(bool(out.isfinite().all()) for out in outs)
+        assert all(bool(out.cpu().isfinite().all()) for out in outs)
         calls += len(outs)
     return calls
 
@@ -86,7 +86,7 @@ def run_attention(heads: int, kv_heads: int, page: int) -> int:
         out = torch.empty(num_tokens, heads * 128, dtype=torch.bfloat16, device=DEVICE)
         qkv = random(num_tokens, (heads + 2 * kv_heads) * 128)
         kernel(qkv, last, random(128), random(128), random(max(SEQ_LENS), 128), cache, slots, table, seq_lens, 1e-6, 128**-0.5, out)
-        assert bool(out.isfinite().all())
+        assert bool(out.cpu().isfinite().all())
     return len(counts)
 
 

@@ -69,7 +69,7 @@ HEADS = [(16, 8), (32, 8), (40, 8), (64, 8), (2, 1)]  # Qwen3 0.6B to 32B, and a
 
 
 def heads_in_float64(qkv, positions, weights, angles, heads, kv_heads):
-    x = qkv.double().view(len(qkv), -1, 128)[:, : heads + kv_heads]
+    x = qkv.double().unflatten(1, (heads + 2 * kv_heads, 128))[:, : heads + kv_heads]
     gamma = torch.cat([weight.double().expand(count, -1) for weight, count in zip(weights, (heads, kv_heads), strict=True)])
     normed = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS) * gamma
     cos, sin = angles[positions].double().unsqueeze(1).chunk(2, -1)

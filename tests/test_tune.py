@@ -89,6 +89,23 @@ def test_plans_that_tie_in_the_step_are_decided_by_the_op_alone(monkeypatch):
     assert tuner.plan["o_proj"].stages == 2
 
 
+def test_the_tables_plans_stay_where_they_are_faster_together(monkeypatch):
+    tuner = object.__new__(tune.Tuner)
+    tuner.shape, tuner.gpu, tuner.step, tuner.limit = SHAPE, GPU, MadeUpStep(SHAPE, 8, 256, GPU.device), 8
+    found = chosen(8)
+    tuner.plan = {**{op: found[op][0] for op in layer.GEMMS}, "attention": None}
+    tuner.kernels = {op: plan and made_up_kernel(op, plan) for op, plan in tuner.plan.items()}
+    tuner.check, tuner.best = tune.Check(tuner.step), 42.0  # four ops of 8 µs and attention
+    monkeypatch.setattr(layer.LayerShape, "prepare", lambda self, op, device, plans: made_up_kernel(op, plans[0]))
+    slower, better = ({op: plans_of[0] for op, plans_of in chosen(8, warps=warps).items() if op != "attention"} for warps in (4, 16))
+    for offered, best in ((slower, 42.0), ({}, 42.0), (better, 34.0)):
+        tuner.keep_if_better(offered)
+        assert tuner.best == best
+    assert {tuner.plan[op].warps for op in layer.GEMMS} == {16}
+    tuner.keep_if_better({op: plans_of[0] for op, plans_of in chosen(8, warps=8).items() if op != "attention"})  # wrong answers
+    assert {tuner.plan[op].warps for op in layer.GEMMS} == {16}
+
+
 def test_an_op_ends_where_the_stock_path_is_faster(tuned):
     table, printed = tuned
     _, k, n = SHAPE.gemm("down_proj")
