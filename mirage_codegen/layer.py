@@ -133,14 +133,18 @@ def op_bytes(shape: LayerShape, op: str, num_tokens: int, context: int) -> int:
 
 
 class Cache:
-    """A paged KV cache of one layer, and what a decode step over it needs; requests' pages lie scattered."""
+    """A paged KV cache of one layer, and what a decode step over it needs.
+
+    A request's pages lie one behind the other, as in a fresh engine: FlashAttention is fastest there (32 requests of 8,000 tokens in 8B:
+    231 µs, 271 over scattered pages; our kernel 250 and 255, H200).
+    """
 
     def __init__(self, shape: LayerShape, num_tokens: int, context: int, device: torch.device):
         pages_each = math.ceil(context / PAGE)
         pages = num_tokens * pages_each
         memory = torch.empty((pages, PAGE, shape.kv_heads, 2 * HEAD_DIM), dtype=torch.bfloat16, device=device).normal_()
         self.kv_cache = memory.permute(0, 2, 1, 3)  # vLLM's logical order over its default memory order
-        self.block_table = torch.randperm(pages, device=device).int().view(num_tokens, pages_each)
+        self.block_table = torch.arange(pages, device=device).int().view(num_tokens, pages_each)
         self.seq_lens = torch.full((num_tokens,), context, dtype=torch.int32, device=device)
         self.positions = torch.full((num_tokens,), context - 1, dtype=torch.int64, device=device)
         self.slots = self.block_table[:, (context - 1) // PAGE].long() * PAGE + (context - 1) % PAGE

@@ -32,7 +32,7 @@ from mirage_kernels.compiler import Build, CompileError, CubinCache  # isort: sk
 LIMITS = (1, 8, 16, 32, 48, 64)
 ATTENTION_LIMITS = (1, 2, 4, 8, 16, 32, 64)
 CONTEXT = 256  # tokens of each request while plans are chosen
-LONG_CONTEXT = 8192  # where attention must not lose either
+LONG_CONTEXTS = (8192, plans.MANY_REQUESTS_CONTEXT)  # where attention must not lose either; if it does at the first, at least at the second
 WORTH = 1.005  # a kernel must make the step this much faster to enter the table
 TIE = 1.003  # plans whose steps differ by less are equal in the step: the one that is fastest by itself stays
 LOSS = 0.99  # the other form of a residual may lose this much at one limit, if it gains over all limits
@@ -214,13 +214,23 @@ def compile_all(shapes: list[LayerShape], gpu: Gpu, count: int) -> None:
     print(f"{len(wanted)} candidates compiled for {gpu.arch} in {time.perf_counter() - started:.0f} s", flush=True)
 
 
+def _fastest_fair(timed: list[tuple[list[float], Any]], stock: list[float], long: int) -> Any:
+    """Of (times at each context, plan) the one that short contexts like best, among those that lose nothing at context number `long`."""
+    fair = [entry for entry in timed if entry[0][long] <= stock[long] * TIE]
+    return min(fair, key=lambda entry: entry[0][0] * entry[0][long] ** 0.15, default=None)
+
+
 def tune_attention(shape: LayerShape, gpu: Gpu, kernels: dict[str, Any]) -> tuple[list[plans.AttentionPlan], list[str]]:
-    """Attention's plans by rising limit, in a step whose other ops run `kernels` where they take so many tokens."""
+    """Attention's plans by rising limit, in a step whose other ops run `kernels` where they take so many tokens.
+
+    A plan that loses at the longest context but not at the next one is for engines whose requests stay below that.
+    """
     found: list[plans.AttentionPlan] = []
     lines = []
     for limit in ATTENTION_LIMITS:
         others = {op: kernel if kernel is not None and limit <= kernel.max_tokens else None for op, kernel in kernels.items()}
-        steps = [Step(shape, limit, context, gpu.device, copies) for context, copies in ((CONTEXT, 0), (LONG_CONTEXT, 2))]
+        contexts = (CONTEXT, *LONG_CONTEXTS)
+        steps = [Step(shape, limit, context, gpu.device, copies) for context, copies in zip(contexts, (0, 2, 2), strict=True)]
         stock = [step.time_us({**others, "attention": None}) for step in steps]
         timed, check = [], Check(steps[0])
         for plan in attention_candidates(shape, limit, gpu):
@@ -228,17 +238,17 @@ def tune_attention(shape: LayerShape, gpu: Gpu, kernels: dict[str, Any]) -> tupl
             if not isinstance(kernel, str) and not check.wrong("attention", kernel):
                 times = [step.time_us({**others, "attention": kernel}, replays=5) for step in steps]
                 timed.append((times, plan))
-        # short contexts count most, among plans that lose nothing at long ones
-        fair = [entry for entry in timed if entry[0][1] <= stock[1] * TIE]
-        best = min(fair, key=lambda entry: entry[0][0] * entry[0][1] ** 0.15, default=None)
+        best, max_context = _fastest_fair(timed, stock, 1), None
+        if best is None:
+            best, max_context = _fastest_fair(timed, stock, 2), LONG_CONTEXTS[1]
         for times, plan in sorted(timed, key=lambda entry: entry[0][0])[:3]:
-            cases = zip((CONTEXT, LONG_CONTEXT), times, stock, strict=True)
+            cases = zip(contexts, times, stock, strict=True)
             shown = ", ".join(f"{context} tokens {spent:.2f} of {whole:.2f}" for context, spent, whole in cases)
             lines.append(f"  attention {limit:3} requests: cluster {plan.cluster} warps {plan.warps}: a layer takes µs at {shown}")
         if best is None or stock[0] / best[0][0] < WORTH:
             lines.append(f"  attention {limit:3} requests: stock path from here on")
             break
-        found.append(best[1])
+        found.append(replace(best[1], max_context=max_context))
     return found, lines
 
 

@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -249,7 +250,7 @@ def test_every_plan_is_a_tiling_of_its_graph():
         macros = chosen.defines(k, n)
         assert {name: macros[name] for name in lower.defines(graph)} == lower.defines(graph)
         seen.add(op)
-    assert seen == {op for op, made in plans.GEMM_OPS.items() if not made.measured_only}
+    assert seen == set(plans.GEMM_OPS)
 
 
 @pytest.mark.parametrize("model", ["0.6B", "8B"])
@@ -272,9 +273,10 @@ def test_heuristic_gives_plans_for_shapes_that_nobody_measured(op):
 
 def test_a_projection_adds_the_residual_only_where_that_was_measured(monkeypatch, tmp_path):
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
-    sentence = "nobody measured that linear_residual is faster for 2048x1024 on sm_{}"
-    for arch in (90, 80):  # the table that ships has no entry
-        assert plans.plans_for("linear_residual", 2048, 1024, f"sm_{arch}") == sentence.format(arch)
+    sentence = "nobody measured that linear_residual is faster for {} on sm_{}"
+    assert plans.plans_for("linear_residual", 2048, 1024, "sm_90") == plans.plans_for("linear", 2048, 1024, "sm_90")  # 0.6B gains
+    for k, n, arch in ((2048, 1024, 80), (4096, 4096, 90), (4096, 1024, 90)):
+        assert plans.plans_for("linear_residual", k, n, f"sm_{arch}") == sentence.format(f"{k}x{n}", arch)
     entries = plans.read_table(plans.TABLE)["sm_90"]["linear"]["2048x1024"]
     plans.user_table().parent.mkdir(parents=True)
     plans.user_table().write_text(json.dumps({"sm_90": {"linear_residual": {"2048x1024": entries, "3072x1024": []}}}))
@@ -297,7 +299,28 @@ def test_attention_has_measured_plans_or_the_heuristics(monkeypatch, tmp_path):
     assert [(entry.max_num_tokens, entry.cluster, entry.warps) for entry in unmeasured] == [
         (1, 8, 8), (2, 8, 8), (4, 4, 8), (8, 2, 8), (16, 1, 8), (32, 1, 4),
     ]  # fmt: skip
+    for entries in (found, unmeasured):
+        assert all(entry.max_context == (None if entry.max_num_tokens <= 16 else 4096) for entry in entries)
     assert "no plan is measured for sm_80" in plans.attention_plans_for(16, 8, "sm_80")
+
+
+def test_attention_leaves_out_the_plans_that_lose_at_the_engines_contexts(monkeypatch):
+    import mirage_kernels
+
+    monkeypatch.setattr(mirage_kernels, "_prepare", lambda dtype, device, build: build("sm_90", device))
+    monkeypatch.setattr(mirage_kernels, "DecodeAttention", lambda *shape: SimpleNamespace(name="attention", plans=shape[4]))
+    entries = [plans.AttentionPlan(limit, 1, 4, longest) for limit, longest in ((8, None), (16, 8192), (32, 4096))]
+
+    def prepare(max_context, entries=entries):
+        place = {"dtype": torch.bfloat16, "device": torch.device("cuda", 0)}
+        return mirage_kernels.prepare_attention(heads=16, kv_heads=8, **place, max_context=max_context, plans=entries)
+
+    for max_context, limits in ((0, [8, 16, 32]), (4096, [8, 16, 32]), (4097, [8, 16]), (8193, [8])):
+        kernel = prepare(max_context)
+        assert [entry.max_num_tokens for entry in kernel.plans] == limits
+        assert ("more where a request has at most" in kernel.name) == (len(limits) < 3)
+    assert "at most 4096, not 4097)" in prepare(4097).name
+    assert prepare(9000, entries[1:]) == "the stock path is faster for requests of up to 9000 tokens"
 
 
 def test_blocks_share_no_cluster_where_the_architecture_has_none():

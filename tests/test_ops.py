@@ -311,8 +311,12 @@ def test_without_a_kernel_the_reason_is_kept(ops, use, monkeypatch):
     place = {"dtype": torch.bfloat16, "device": torch.device("cuda", 0)}
     for _ in range(2):  # the second time nothing is asked
         prepare_gemm("rms_norm_linear", k=64, n=128, **place)
-        prepare_attention(4, 2, **place)
-    assert asked == [(("rms_norm_linear",), {"k": 64, "n": 128, **place}), ((), {"heads": 4, "kv_heads": 2, **place})]
+        prepare_attention(4, 2, **place, max_context=512)
+    attention = {"heads": 4, "kv_heads": 2, **place}
+    assert asked == [(("rms_norm_linear",), {"k": 64, "n": 128, **place}), ((), {**attention, "max_context": 512})]
+    for _ in range(2):  # an engine for longer contexts
+        prepare_attention(4, 2, **place, max_context=1024)
+    assert asked[2:] == [((), {**attention, "max_context": 1024})]
     described = ops.mirage_report()["kernels"]
     assert [(entry["op"], entry["shape"], entry["kernel"]) for entry in described] == [
         ("linear", "64x96", None),

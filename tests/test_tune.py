@@ -42,7 +42,8 @@ def made_up_kernel(op, plan):
 
     def time_us(context):
         if op == "attention":
-            return 4.0 if context < 1000 or plan.max_num_tokens <= 4 else 11.0
+            fast_up_to = {1: 10**6, 2: 10**6, 4: 10**6, 8: 5000, 16: 1000}
+            return 4.0 if context < fast_up_to.get(plan.max_num_tokens, 0) else 11.0
         slow = op == "down_proj" and plan.max_num_tokens >= 32
         return 12.0 if slow else {4: 8.0, 8: 1.0, 16: 6.0}[plan.warps]
 
@@ -110,8 +111,9 @@ def test_an_op_ends_where_the_stock_path_is_faster(tuned):
     table, printed = tuned
     _, k, n = SHAPE.gemm("down_proj")
     assert [entry["max_num_tokens"] for entry in table["linear"][f"{k}x{n}"]] == [1, 8, 16]
-    assert [entry["max_num_tokens"] for entry in table["decode_attention"]["4x2"]] == [1, 2, 4]  # beyond, it loses at long contexts
-    assert "attention   8 requests: stock path from here on" in printed
+    limits = [(entry["max_num_tokens"], entry["max_context"]) for entry in table["decode_attention"]["4x2"]]
+    assert limits == [(1, None), (2, None), (4, None), (8, 4096)]  # beyond, it loses at long contexts
+    assert "attention  16 requests: stock path from here on" in printed
 
 
 def test_projections_leave_the_residual_to_the_norms_where_kernels_do_not_end_together(tuned):

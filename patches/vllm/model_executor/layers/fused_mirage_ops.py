@@ -412,8 +412,10 @@ class FusedAttention(_StandIn):
         return layer.self_attn.attn
 
     def prepare(self) -> Any:
-        weight = self.attention.q_norm.weight
-        return mirage_ops.prepare_attention(self.attention.num_heads, self.attention.num_kv_heads, weight.dtype, weight.device)
+        weight, config = self.attention.q_norm.weight, get_current_vllm_config_or_none()
+        longest = 0 if config is None else config.model_config.max_model_len
+        heads = self.attention.num_heads, self.attention.num_kv_heads
+        return mirage_ops.prepare_attention(*heads, weight.dtype, weight.device, longest)
 
     def __call__(self, positions: torch.Tensor, qkv: torch.Tensor) -> torch.Tensor:
         """positions [num_tokens], qkv [num_tokens, (q+2kv)·head_dim] → [num_tokens, q·head_dim]"""

@@ -40,6 +40,7 @@ calls = {f"{op}.{body}": 0 for op in OPS for body in ("kernel", "torch")}
 # --------------------------------------------------------------------------------------------------------- kernels
 # One entry for each shape prepared in this process: the kernel, or the reason why there is none.
 kernels: dict[tuple, Any] = {}
+contexts: dict[tuple, int] = {}  # of an attention kernel's entry: the tokens that a request may reach
 
 
 def prepare_gemm(op: str, k: int, n: int, dtype: torch.dtype, device: torch.device) -> Any:
@@ -50,10 +51,14 @@ def prepare_gemm(op: str, k: int, n: int, dtype: torch.dtype, device: torch.devi
     return _prepared((op, k, n, dtype, device), lambda module: module.prepare(op, k=k, n=n, dtype=dtype, device=device))
 
 
-def prepare_attention(heads: int, kv_heads: int, dtype: torch.dtype, device: torch.device) -> Any:
-    """The same for decode attention."""
-    key = ("decode_attention", heads, kv_heads, dtype, device)
-    return _prepared(key, lambda module: module.prepare_attention(heads=heads, kv_heads=kv_heads, dtype=dtype, device=device))
+def prepare_attention(heads: int, kv_heads: int, dtype: torch.dtype, device: torch.device, max_context: int = 0) -> Any:
+    """The same for decode attention over requests of up to `max_context` tokens."""
+    shape = {"heads": heads, "kv_heads": kv_heads, "dtype": dtype, "device": device}
+    key = ("decode_attention", *shape.values())
+    if contexts.setdefault(key, max_context) != max_context:  # an engine after another one in this process
+        contexts[key] = max_context
+        kernels.pop(key, None)
+    return _prepared(key, lambda module: module.prepare_attention(**shape, max_context=max_context))
 
 
 def _prepared(key: tuple, prepare: Any) -> Any:

@@ -12,6 +12,7 @@
 """
 
 from collections.abc import Callable
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -52,15 +53,33 @@ def prepare(
 
 
 def prepare_attention(
-    *, heads: int, kv_heads: int, dtype: torch.dtype, device: torch.device, plans: list[AttentionPlan] | None = None, overlap: bool = True
+    *,
+    heads: int,
+    kv_heads: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_context: int = 0,
+    plans: list[AttentionPlan] | None = None,
+    overlap: bool = True,
 ) -> DecodeAttention | str:
-    """The decode-attention kernel for heads of 128, compiled and loaded now, or one sentence why it cannot run."""
+    """The decode-attention kernel for heads of 128, compiled and loaded now, or one sentence why it cannot run.
+
+    max_context: tokens that a request may reach here; plans that lose there are left out.
+    """
     if heads % kv_heads or heads // kv_heads > 8:
         return f"{heads} heads over {kv_heads} are not 1 to 8 heads for each"
 
     def build(arch: str, device: torch.device) -> Any:
         found = plans if plans is not None else attention_plans_for(heads, kv_heads, arch)
-        return found if isinstance(found, str) else DecodeAttention(heads, kv_heads, dtype, device, found, overlap)
+        if isinstance(found, str):
+            return found
+        fitting = list(takewhile(lambda plan: plan.max_context is None or max_context <= plan.max_context, found))
+        if not fitting:
+            return f"the stock path is faster for requests of up to {max_context} tokens"
+        kernel = DecodeAttention(heads, kv_heads, dtype, device, fitting, overlap)
+        if len(fitting) < len(found):  # their reason is said with the kernel's name
+            kernel.name += f" (more where a request has at most {found[len(fitting)].max_context}, not {max_context})"
+        return kernel
 
     return _prepare(dtype, device, build)
 

@@ -9,8 +9,6 @@
 //     into its registers, several steps ahead: no barrier and no shared memory before the end, and the prologue (residual add, sum of
 //     squares, gamma) is computed on the fragments while later steps arrive. A prologue of its own, which puts the activations into
 //     shared memory first, was measured at 18.3 us where this form took 16.5 (K 4096, N 6144, 16 tokens; docs/perf-log.md);
-//   - where a plan says so, weights in flight wait in shared memory instead, each lane's in a place of its own, so that this needs no
-//     barrier either: more bytes under way, and registers for the sums of more tokens;
 //   - weights are the A operand of mma.m16n8k16 (16 weight rows), tokens the B operand (8 columns): 1 to 8 tokens cost one mma.
 //     A lane's 16 bytes are 8 neighbouring k of one row, used as the k of two mma steps in an order of our own; the activations'
 //     16 bytes follow the same order, and a dot product does not care;
