@@ -53,9 +53,7 @@ class LayerShape:
             "down_proj": ("linear", self.intermediate, self.hidden),
         }[op]
 
-    def prepare(
-        self, op: str, device: torch.device, package: Any = mirage_kernels, *, adds_residual: bool = False, **how: Any
-    ) -> Any:
+    def prepare(self, op: str, device: torch.device, package: Any = mirage_kernels, *, adds_residual: bool = False, **how: Any) -> Any:
         """The bf16 kernel of an op, or a sentence why there is none.
 
         package: mirage_kernels, wherever it was imported from.  adds_residual: the kernel of a projection that does.
@@ -162,9 +160,7 @@ class Step:
     Only what `ops` need is allocated.
     """
 
-    def __init__(
-        self, shape: LayerShape, num_tokens: int, context: int, device: torch.device, copies: int = 0, ops: tuple[str, ...] = OPS
-    ):
+    def __init__(self, shape: LayerShape, num_tokens: int, context: int, device: torch.device, copies: int = 0, ops: tuple[str, ...] = OPS):
         self.shape, self.num_tokens, self.context, self.device = shape, num_tokens, context, device
         cache_bytes = num_tokens * context * shape.kv_heads * 2 * HEAD_DIM * 2
         l2 = torch.cuda.get_device_properties(device).L2_cache_size
@@ -208,9 +204,7 @@ class Step:
             raise ValueError("the stock path adds the residual in its norms: projections add it only where kernels normalise")
         return stock_norm(any_tokens(x), any_tokens(r), gamma)
 
-    def project(
-        self, op: str, kernel: Any, i: int, x: torch.Tensor, r: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def project(self, op: str, kernel: Any, i: int, x: torch.Tensor, r: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(the projection, the residual), or (their sum, None) with a kernel that adds."""
         if getattr(kernel, "adds_residual", False):
             return kernel(x, self.weights[i][op], r), None

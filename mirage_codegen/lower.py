@@ -463,4 +463,3 @@ class _Row:
         yield "    }"
         yield f"    store_global(element(args.{output.tensor}, row + k), pack(result));"
         yield "  }"
-

@@ -26,14 +26,19 @@ def test_the_readmes_table_is_the_measured_one() -> None:
     assert "\n".join(tables.step_table()) in read("README.md")
 
 
+@pytest.mark.parametrize("made", [tables.context_table, tables.serve_table, tables.kernel_table])
+def test_the_guides_tables_are_the_measured_ones(made) -> None:
+    assert "\n".join(made()) in read("BENCHMARK_GUIDE.md")
+
+
 def test_what_the_readme_says_of_prefill_is_what_was_measured() -> None:
     said = []
-    for model in ("1.7B", "4B", "8B"):
+    for model in tables.MODELS:
         report = json.loads((RESULTS / f"step-{model}.json").read_text())
         [line] = [line for line in report["rows"] if re.fullmatch(r"prefill .* wall clock", line["metric"])]
         assert line["speedup"]["verdict"] == "no difference"
         said.append(f"{line['speedup']['ratio']:.3f}")
-    assert f"runs at {said[0]}, {said[1]} and {said[2]} of stock's speed" in " ".join(read("README.md").split())
+    assert f"runs at {', '.join(said[:-1])} and {said[-1]} of stock's speed" in " ".join(read("README.md").split())
 
 
 def read(document: str) -> str:

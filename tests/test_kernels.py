@@ -318,8 +318,8 @@ def test_attention_leaves_out_the_plans_that_lose_at_the_engines_contexts(monkey
     for max_context, limits in ((0, [8, 16, 32]), (4096, [8, 16, 32]), (4097, [8, 16]), (8193, [8])):
         kernel = prepare(max_context)
         assert [entry.max_num_tokens for entry in kernel.plans] == limits
-        assert ("more where a request has at most" in kernel.name) == (len(limits) < 3)
-    assert "at most 4096, not 4097)" in prepare(4097).name
+        assert ("where max_model_len is at most" in kernel.name) == (len(limits) < 3)
+    assert prepare(4097).name.endswith("(32 where max_model_len is at most 4096, here 4097)")
     assert prepare(9000, entries[1:]) == "the stock path is faster for requests of up to 9000 tokens"
 
 

@@ -78,7 +78,7 @@ def test_the_fastest_right_plan_of_each_limit_is_kept(tuned):
 
 
 def test_plans_that_tie_in_the_step_are_decided_by_the_op_alone(monkeypatch):
-    tuner = object.__new__(tune.Tuner)
+    tuner: Any = object.__new__(tune.Tuner)
     tuner.shape, tuner.gpu, tuner.step, tuner.ranked = SHAPE, GPU, MadeUpStep(SHAPE, 8, 256, GPU.device), {}
     tuner.kernels, tuner.check = dict.fromkeys(layer.OPS), tune.Check(tuner.step)
     tuner.plan = dict(tuner.kernels)
@@ -91,7 +91,7 @@ def test_plans_that_tie_in_the_step_are_decided_by_the_op_alone(monkeypatch):
 
 
 def test_the_tables_plans_stay_where_they_are_faster_together(monkeypatch):
-    tuner = object.__new__(tune.Tuner)
+    tuner: Any = object.__new__(tune.Tuner)
     tuner.shape, tuner.gpu, tuner.step, tuner.limit = SHAPE, GPU, MadeUpStep(SHAPE, 8, 256, GPU.device), 8
     found = chosen(8)
     tuner.plan = {**{op: found[op][0] for op in layer.GEMMS}, "attention": None}

@@ -78,7 +78,8 @@ def prepare_attention(
             return f"the stock path is faster for requests of up to {max_context} tokens"
         kernel = DecodeAttention(heads, kv_heads, dtype, device, fitting, overlap)
         if len(fitting) < len(found):  # their reason is said with the kernel's name
-            kernel.name += f" (more where a request has at most {found[len(fitting)].max_context}, not {max_context})"
+            more, longest = found[-1].max_num_tokens, found[len(fitting)].max_context
+            kernel.name += f" ({more} where max_model_len is at most {longest}, here {max_context})"
         return kernel
 
     return _prepare(dtype, device, build)
