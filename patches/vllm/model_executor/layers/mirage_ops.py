@@ -323,9 +323,40 @@ def _decode_kernel(qkv: torch.Tensor, num_heads: int, num_kv_heads: int, layer_n
         return None
     if kv_cache.dtype != qkv.dtype or not _addressable(qkv):
         return None
+    if kv_cache.data_ptr() % 16 or any(stride % 8 for stride in kv_cache.stride()[:3]):  # its rows are read 16 bytes at a time
+        return None
     if metadata.block_table.dtype != torch.int32 or metadata.seq_lens.dtype != torch.int32 or slot_mapping.dtype != torch.int64:
         return None
+    if any(numbers.stride(-1) != 1 for numbers in (metadata.block_table, metadata.seq_lens, slot_mapping)):
+        return None
     return kernel
+
+
+def _check_decode_arguments(
+    qkv: torch.Tensor,
+    positions: torch.Tensor,
+    weights: tuple[torch.Tensor, torch.Tensor],
+    cos_sin_cache: torch.Tensor,
+    output: torch.Tensor,
+    num_heads: int,
+) -> None:
+    """Raises ValueError if the kernel would read or write elsewhere: what the layer was built with cannot be declined any more."""
+    tokens, dtype = qkv.shape[0], qkv.dtype
+    head = (HEAD_DIM,)
+    expected = {  # name: (tensor, dtype, shape, bytes that are read or written at a time)
+        "positions": (positions, torch.int64, (tokens,), 8),
+        "q_norm": (weights[0], dtype, head, 16),
+        "k_norm": (weights[1], dtype, head, 16),
+        "cos_sin_cache": (cos_sin_cache, dtype, (cos_sin_cache.shape[0], HEAD_DIM), 16),
+        "output": (output, dtype, (tokens, num_heads * HEAD_DIM), 4),
+    }
+    wrong = [
+        f"{name} {tensor.dtype} {list(tensor.shape)}"
+        for name, (tensor, its_dtype, shape, at_once) in expected.items()
+        if tensor.dtype != its_dtype or tensor.shape != shape or not tensor.is_contiguous() or tensor.data_ptr() % at_once
+    ]
+    if wrong:
+        raise ValueError(f"decode_attention of {qkv.dtype} {list(qkv.shape)} cannot take {', '.join(wrong)}")
 
 
 @triton.jit
@@ -456,6 +487,11 @@ def _qk_norm_rope(
     """
     if _decode_kernel(qkv, num_heads, num_kv_heads, _resolve_layer_name(layer_name)) is not None:
         return _empty_qk(qkv, q_weight.shape[0], num_heads, num_kv_heads)
+    if {q_weight.dtype, k_weight.dtype, cos_sin_cache.dtype} != {qkv.dtype} or len(positions) != len(qkv):
+        raise ValueError(
+            f"qk_norm_rope of {qkv.dtype} [{len(qkv)}, …] cannot take weights {q_weight.dtype} and {k_weight.dtype}, "
+            f"angles {cos_sin_cache.dtype} and {len(positions)} positions"
+        )
     body = qk_norm_rope_triton if qkv.is_cuda and HAS_TRITON else qk_norm_rope_native
     return body(qkv, positions, q_weight, k_weight, cos_sin_cache, eps, num_heads, num_kv_heads)
 
@@ -506,6 +542,7 @@ def _decode_attention(
     """
     name = _resolve_layer_name(layer_name)
     if (kernel := _decode_kernel(qkv, num_heads, num_kv_heads, name)) is not None:
+        _check_decode_arguments(qkv, positions, (q_weight, k_weight), cos_sin_cache, output, num_heads)
         calls["attention.kernel"] += 1
         metadata, layer, kv_cache, slot_mapping = get_attention_context(name)
         kernel(
