@@ -17,6 +17,7 @@ Runs with the Python of the active environment, which must hold vLLM with the ov
   context    decode steps at 2,000 and 8,000 tokens of context: 0.6B and 8B
   serve      latency and tokens/s through LLM.generate: 0.6B and 8B
   latency    `vllm bench latency` of both arms: 0.6B and 8B
+  bench      `vllm bench serve` against a server of each arm: 0.6B and 8B
   kernel     each op by itself
 
   --out DIR  where reports and logs go (default: gpu-results)
@@ -35,7 +36,7 @@ parse_arguments() {
     case $1 in
       --out) (($# > 1)) || { echo "--out needs a folder." >&2 && exit 2; }; out=$2 && shift ;;
       -h | --help) usage && exit 0 ;;
-      tests | sanitize | load | overhead | step | context | serve | latency | kernel) parts+=("$1") ;;
+      tests | sanitize | load | overhead | step | context | serve | latency | bench | kernel) parts+=("$1") ;;
       *) echo "tests/gpu.sh knows no $1: --help lists its parts." >&2 && exit 2 ;;
     esac
     shift
@@ -44,7 +45,7 @@ parse_arguments() {
   for model in ${MODELS:-}; do
     [[ " 0.6B 1.7B 4B 8B " == *" $model "* ]] || { echo "MODELS names $model, which is none of 0.6B, 1.7B, 4B and 8B." >&2 && exit 2; }
   done
-  ((${#parts[@]})) || parts=(tests sanitize load overhead step context serve latency kernel)
+  ((${#parts[@]})) || parts=(tests sanitize load overhead step context serve latency bench kernel)
 }
 
 # run NAME COMMAND...: its output goes to OUT/NAME.log, its last lines and its end to the screen.
@@ -76,21 +77,26 @@ part_sanitize() { run sanitize bash tests/sanitize.sh; }
 part_load() {
   local switch model
   model=$(python -c 'from test_mirage_qwen3 import cached_tiny_qwen3; print(cached_tiny_qwen3("tiny-0.6b"))')
-  for switch in 1 0; do run "load-$switch" serve_a_crowd "$switch" "$model"; done
+  for switch in 1 0; do run "load-$switch" with_server "load-$switch" send_a_crowd "$switch" "$model"; done
 }
 
-serve_a_crowd() { # serve_a_crowd SWITCH MODEL
-  local port=$((8100 + $1)) server status=1
-  VLLM_USE_MIRAGE=$1 python -m vllm.entrypoints.cli.main serve "$2" --served-model-name tiny --port "$port" --max-model-len 2048 \
-    --kv-cache-memory-bytes $((8 << 30)) --gpu-memory-utilization 0.2 >"$out/server-$1.log" 2>&1 &
+send_a_crowd() { # of with_server: port and server are its own
+  python tests/load_client.py --url "http://127.0.0.1:$port" --requests 5000 --concurrency 128 --max-prompt 1024 --max-tokens 256 \
+    --pid "$server" --json "$out/$1.json"
+}
+
+with_server() { # with_server NAME COMMAND SWITCH MODEL OPTION...: COMMAND NAME MODEL runs while the server answers at $port
+  local name=$1 command=$2 switch=$3 model=$4 port=$((8100 + $3)) server status=1
+  shift 4
+  VLLM_USE_MIRAGE=$switch VLLM_CACHE_ROOT="$out/cache-$switch" python -m vllm.entrypoints.cli.main serve "$model" --served-model-name measured \
+    --port "$port" --max-model-len 2048 --kv-cache-memory-bytes $((8 << 30)) --gpu-memory-utilization 0.2 "$@" >"$out/server-$name.log" 2>&1 &
   server=$!
   for _ in $(seq 180); do
     kill -0 "$server" 2>/dev/null || break
     python -c "import urllib.request; urllib.request.urlopen('http://127.0.0.1:$port/health')" 2>/dev/null && status=0 && break
     sleep 1
   done
-  ((status == 0)) && python tests/load_client.py --url "http://127.0.0.1:$port" --requests 5000 --concurrency 128 --max-prompt 1024 \
-    --max-tokens 256 --pid "$server" --json "$out/load-$1.json" || status=1
+  ((status == 0)) && { "$command" "$name" "$model" || status=1; }
   kill "$server" 2>/dev/null
   wait "$server"
   return "$status"
@@ -135,6 +141,31 @@ part_latency() {
         --batch-size 1 --num-iters 10 --output-json "$out/latency-$model-$arm.json"
     done
   done
+}
+
+part_bench() {
+  local model switch
+  for model in $(of_models 0.6B 8B); do
+    python - "$model" "$out/served-$model" <<'PYTHON'
+# dummy weights in the model's shape, and a real tokenizer: the client draws its prompts from it
+import pathlib, shutil, sys
+import benchmark_mirage
+from test_mirage_qwen3 import cached_tiny_qwen3
+
+folder = pathlib.Path(sys.argv[2])
+benchmark_mirage.write_dummy_config(sys.argv[1], folder)
+for path in pathlib.Path(cached_tiny_qwen3("tiny")).glob("*token*"):
+    shutil.copy(path, folder)
+PYTHON
+    for switch in 0 1; do
+      run "bench-$model-$switch" with_server "bench-$model-$switch" bench_serve "$switch" "$out/served-$model" --load-format dummy
+    done
+  done
+}
+
+bench_serve() {
+  python -m vllm.entrypoints.cli.main bench serve --model measured --tokenizer "$2" --port "$port" --dataset-name random --random-input-len 128 \
+    --random-output-len 128 --num-prompts 64 --max-concurrency 4 --ignore-eos --save-result --result-dir "$out" --result-filename "$1.json"
 }
 
 part_kernel() {
