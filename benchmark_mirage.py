@@ -891,9 +891,10 @@ def run_step(
         for batch, ms in worker.call("step", batches=options.batch_sizes, replays=options.replays).items():
             if number >= 0:
                 rows[context, int(batch)]["samples"][worker.arm].append(ms)
-        for kind, ms in worker.call("launch", batch=options.batch_sizes[0], times=20).items():
-            if number >= 0 and context == contexts[0]:
-                launches[kind]["samples"][worker.arm].append(ms)
+        if context == contexts[0]:
+            for kind, ms in worker.call("launch", batch=options.batch_sizes[0], times=20).items():
+                if number >= 0:
+                    launches[kind]["samples"][worker.arm].append(ms)
         if number == options.num_iterations - 1:
             describe(worker, result)
         if "floor" not in result:

@@ -3,7 +3,12 @@
 """Prints the documents' tables of what docs/results holds: python docs/tables.py"""
 
 import json
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from mirage_codegen.models import QWEN3_SIZES
 
 RESULTS = Path(__file__).parent / "results"
 MODELS = ("0.6B", "1.7B", "4B", "8B")
@@ -64,7 +69,7 @@ def serve_table() -> list[str]:
 def kernel_table() -> list[str]:
     """BENCHMARK_GUIDE: norm_qkv by itself, stock / ours, beside what Mirage's own transpiled kernel takes (fp16)."""
     own = {(entry["k"], entry["tokens"]): entry for entry in json.loads((RESULTS / "mirage-own-h200.json").read_text())["results"]}
-    hidden, batches = {"0.6B": 1024, "1.7B": 2048, "4B": 2560, "8B": 4096}, (1, 2, 4, 8, 16, 32, 48, 64)
+    batches = (1, 2, 4, 8, 16, 32, 48, 64)
     lines = []
     for model in MODELS:
         found = rows("kernel", model, "kernel", "norm_qkv")
@@ -73,7 +78,7 @@ def kernel_table() -> list[str]:
             f"{line['stock']['median'] / line['overlapping']:.2f}×" if line.get("overlapping") else "stock" for line in found.values()
         ]
         lines.append(["overlapping with itself", *overlapping])
-        theirs = [own.get((hidden[model], batch)) for batch in batches]
+        theirs = [own.get((QWEN3_SIZES[model].hidden, batch)) for batch in batches]
         lines.append(["Mirage's own, error", *(f"{e['stock_us'] / e['us']:.2f}×, {e['error']:.1e}" if e else "–" for e in theirs)])
     return table("`norm_qkv` by itself, tokens", list(batches), lines)
 

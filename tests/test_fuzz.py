@@ -7,13 +7,15 @@ A new op is one more entry of OPS.
 import math
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from test_gpu_ops import heads_in_float64
+from test_ops import EPS, HEAD_DIM, NAME, StubAttention, StubKernel
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 Tensors = tuple[torch.Tensor, ...]
@@ -198,34 +200,10 @@ def test_arguments_that_do_not_fit_raise_or_give_the_references_answer(ops, name
 
 
 # ------------------------------------------------------------------------------------------------------- attention
-HEAD_DIM, NAME, EPS = 128, "attention", 1e-6
-
-
-class Layer:
-    """vLLM's attention layer and its implementation, and a kernel for up to 8 requests: all keep what they are given."""
-
-    scale, name, max_tokens = 0.5, "made up", 8
-
-    def __init__(self, kv_cache: torch.Tensor):
-        self.impl, self.kv_cache = self, kv_cache
-        self.updates: list[Tensors] = []
-        self.stock: list[Tensors] = []
-        self.launched: list[tuple] = []
-
-    def do_kv_cache_update(self, layer: Any, *tensors: torch.Tensor) -> None:
-        self.updates.append(tensors)
-
-    def forward(self, layer: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *others: Any, **scales: Any) -> None:
-        self.stock.append((query, key, value))
-
-    def __call__(self, *arguments: Any) -> None:
-        self.launched.append(arguments)
-
-
 @st.composite
 def decode_steps(draw: st.DrawFn) -> SimpleNamespace:
     """A decode step; each of its tensors may have another dtype, layout, size or alignment than the kernel reads."""
-    tokens, kv_heads = draw(st.integers(0, 10)), draw(st.sampled_from([1, 2]))
+    tokens, kv_heads = draw(st.integers(0, StubKernel.max_tokens + 1)), draw(st.sampled_from([1, 2]))
     heads, dtype = kv_heads * draw(st.sampled_from([1, 2])), draw(st.sampled_from([torch.bfloat16, torch.float16]))
     odd = draw(st.sets(st.sampled_from(["positions", "weight", "angles", "cache", "table", "lens", "slots", "qkv", "output"]), max_size=2))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
@@ -242,11 +220,12 @@ def decode_steps(draw: st.DrawFn) -> SimpleNamespace:
         return torch.randn(shape, generator=generator).to(dtype)
 
     page = draw(st.sampled_from([16, 32, 24]))
-    cache = random(4, page, kv_heads, 2 * HEAD_DIM).transpose(1, 2)
+    layer = StubAttention()
+    layer.kv_cache = layout("cache", random(4, page, kv_heads, 2 * HEAD_DIM).transpose(1, 2))
     return SimpleNamespace(
         heads=heads, kv_heads=kv_heads, tokens=tokens, dtype=dtype, odd=odd,
         mode=draw(st.sampled_from(["NONE", "FULL", "PIECEWISE"])),
-        layer=Layer(layout("cache", cache)),
+        layer=layer, kernel=StubKernel(),
         qkv=layout("qkv", random(tokens, (heads + 2 * kv_heads) * HEAD_DIM)),
         positions=layout("positions", torch.randint(32, (tokens,), generator=generator)),
         weights=(layout("weight", 1 + 0.2 * random(HEAD_DIM)), 1 + 0.2 * random(HEAD_DIM)),
@@ -265,7 +244,7 @@ def assert_readable(step: SimpleNamespace, given: tuple) -> None:
     """What the kernel was given is what it reads and writes by address: see DecodeAttention.__call__."""
     qkv, positions, q_weight, k_weight, angles, cache, slots, table, lens, *_, output = given
     tokens, width = qkv.shape
-    assert 0 < tokens <= Layer.max_tokens and width == (step.heads + 2 * step.kv_heads) * HEAD_DIM
+    assert 0 < tokens <= StubKernel.max_tokens and width == (step.heads + 2 * step.kv_heads) * HEAD_DIM
     for tensor, shape in ((q_weight, (HEAD_DIM,)), (k_weight, (HEAD_DIM,)), (angles, (len(angles), HEAD_DIM)), (qkv, qkv.shape)):
         assert tensor.dtype == step.dtype and tensor.shape == shape and tensor.is_contiguous() and tensor.data_ptr() % 16 == 0
     assert output.dtype == step.dtype and output.shape == (tokens, step.heads * HEAD_DIM) and output.is_contiguous()
@@ -288,7 +267,7 @@ def test_attention_is_launched_on_what_it_can_read_or_answers_like_stock_or_rais
     @given(decode_steps())
     def check(step):
         place = ("decode_attention", step.heads, step.kv_heads, step.dtype, torch.device("cpu"))
-        ops.mirage_ops.kernels[place] = step.layer
+        ops.mirage_ops.kernels[place] = step.kernel
         context = SimpleNamespace(
             no_compile_layers={NAME: step.layer}, attn_metadata={NAME: step.metadata}, slot_mapping={NAME: step.slots},
             cudagraph_runtime_mode=CUDAGraphMode[step.mode], virtual_engine=0,
@@ -301,34 +280,20 @@ def test_attention_is_launched_on_what_it_can_read_or_answers_like_stock_or_rais
                 written = mirage.write_cache(step.qkv, k, *heads)
                 mirage.decode_attention(step.qkv, q, k, written, *rope, step.output, EPS, *heads)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            assert str(error) and not step.layer.launched
+            assert str(error) and not step.kernel.given
             seen["raised"] += 1
             return
-        layer = step.layer
-        assert len(layer.launched) + len(layer.stock) == 1 and len(layer.updates) == len(layer.stock)  # the cache is written once
-        if layer.launched:
+        launched, updates, queries = step.kernel.given, step.layer.updates, step.layer.queries
+        assert len(launched) + len(queries) == 1 and len(updates) == len(queries)  # the cache is written once
+        if launched:
             seen["launched"] += 1
-            assert_readable(step, layer.launched[0])
+            assert_readable(step, launched[0])
             return
         seen["stock"] += 1
-        [(query, key, value)] = layer.stock
-        exact = heads_in_float64(step)
-        tolerance = DTYPES[step.dtype]
-        assert_near((query, key), exact, tolerance)
+        query, key, value, *_ = queries[0]
+        exact = heads_in_float64(step.qkv, step.positions, step.weights, step.angles, step.heads, step.kv_heads)
+        assert_near((torch.cat([query.flatten(1), key.flatten(1)], 1),), (exact,), DTYPES[step.dtype])
         assert torch.equal(value.flatten(1), step.qkv[:, (step.heads + step.kv_heads) * HEAD_DIM :])
 
     check()
     assert min(seen.values()) > 40, seen
-
-
-def heads_in_float64(step: SimpleNamespace) -> Tensors:
-    """q and k of a step, normalised and rotated."""
-    x = step.qkv.double().view(len(step.qkv), step.heads + 2 * step.kv_heads, HEAD_DIM)
-    parts = x[:, : step.heads], x[:, step.heads : step.heads + step.kv_heads]
-    cos, sin = step.angles[step.positions].double().unsqueeze(1).chunk(2, -1)
-
-    def rotated(part: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        low, high = rms_norm(part, weight.double(), EPS).chunk(2, -1)
-        return torch.cat([low * cos - high * sin, high * cos + low * sin], -1)
-
-    return rotated(parts[0], step.weights[0]), rotated(parts[1], step.weights[1])

@@ -18,7 +18,7 @@ COLUMNS = 8  # tokens of one mma
 ROW_TILE = 16  # weight rows of one mma
 STEP = 32  # k of one 16-byte load by four lanes
 HEAD_DIM = 128  # the head that decode_attention.cu is written for
-# 32 requests: 1.05 of stock's speed at 2,000 tokens each, 0.97 at 8,000; as fast as stock at some 4,700 (a decode step of 8B, H200)
+# 32 requests: 1.05 of stock's speed at 2,000 tokens each, 0.97 at 8,000; between them 1 lies at some 4,700 (a decode step of 8B, H200)
 MANY_REQUESTS_CONTEXT = 4096
 REGISTERS = 65536  # 32-bit registers of a multiprocessor, sm_80 and up
 SHARED_BYTES = 99 * 1024  # shared memory of a block that every architecture from sm_80 on grants
