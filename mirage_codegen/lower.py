@@ -5,7 +5,8 @@ Two forms of kernel come out, both over the device runtime `mirage_runtime.cuh`:
 
     GEMM   prologue → skinny GEMM → epilogue. The prologue is everything elementwise between the graph's inputs and the left operand
            of its matmuls, at the kernel level (S = X + R) or in the loop (s·γ); the epilogue is everything after the loop.
-    row    no matmul: each block holds whole rows of its inputs (the grid splits the tokens).
+    row    no matmul: each block holds whole rows of its inputs (the grid splits the tokens). A GEMM kernel reads what comes out, so it
+           lies in that kernel's tiles (`tiled_index` of the runtime).
 
 The body depends on the operators alone. Every length (K, N, grid, for-loop range, …) is a macro that the plan binds when the kernel is
 compiled, so one source serves all shapes; `defines()` says what a graph's own dims, tile maps and loop bind them to.
@@ -272,7 +273,7 @@ class _Gemm:
         name, p = self.graph.name, self.prologue
         counts = f"{len(self.matmuls)}, {len(p.activations)}, {len(p.vectors)}, {len(p.row_sums)}"
         yield "using Plan = mirage::Schedule<MIRAGE_K, MIRAGE_N, MIRAGE_TOKENS, MIRAGE_GRID, MIRAGE_FORLOOP, MIRAGE_CLUSTER, MIRAGE_WARPS,"
-        yield f"                              MIRAGE_STAGES, MIRAGE_EARLY, MIRAGE_PREFETCH, {counts}>;"
+        yield f"                              MIRAGE_STAGES, MIRAGE_EARLY, MIRAGE_PREFETCH, MIRAGE_TILED, {counts}>;"
         yield ""
         yield from _launch_shape("Plan::GRID * Plan::CLUSTER", "Plan::CLUSTER")
         yield ""
@@ -461,5 +462,5 @@ class _Row:
         yield from (f"      {statement}" for statement in values.statements)
         yield f"      result[e] = {values.expression[output.inputs[0]]};"
         yield "    }"
-        yield f"    store_global(element(args.{output.tensor}, row + k), pack(result));"
+        yield f"    store_global(element(args.{output.tensor}, tiled_index(blockIdx.x, k, Plan::K)), pack(result));"
         yield "  }"

@@ -196,8 +196,8 @@ def compile_all(shapes: list[LayerShape], gpu: Gpu, count: int) -> None:
         for limit, op in itertools.product(LIMITS, GEMMS):
             kind, k, n = shape.gemm(op)
             for plan in gemm_candidates(kind, k, n, limit, count, gpu):
-                for name in itertools.chain(*plans.GEMM_OPS[kind].sources[plan.schedule]):
-                    wanted.add((name, tuple(sorted(plans.source_defines(name, plan, k, n).items()))))
+                for name, macros in itertools.chain(*plans.kernels_of(kind, plan, k, n)):
+                    wanted.add((name, tuple(sorted(macros.items()))))
         for limit in ATTENTION_LIMITS:
             for plan in attention_candidates(shape, limit, gpu):
                 wanted.add(("decode_attention", tuple(sorted(plan.defines(shape.heads, shape.kv_heads).items()))))

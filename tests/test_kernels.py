@@ -94,6 +94,32 @@ def worst_error(outputs, reference):
     return float(np.max(errors))  # NaN wins
 
 
+def to_tiles(rows):
+    """[num_tokens, k] as a norm kernel leaves it for its GEMM, poisoned where there is no token."""
+    padded = emulate.poisoned((plans.round_up(rows.shape[0], plans.COLUMNS), rows.shape[1]))
+    padded[: rows.shape[0]] = rows
+    return np.ascontiguousarray(padded.reshape(-1, plans.COLUMNS, rows.shape[1] // plans.STEP, plans.STEP).swapaxes(1, 2))
+
+
+def from_tiles(tiles, num_tokens):
+    """The reverse; fails if anything was written where there is no token."""
+    k = tiles.size // plans.round_up(num_tokens, plans.COLUMNS)
+    rows = tiles.reshape(-1, k // plans.STEP, plans.COLUMNS, plans.STEP).swapaxes(1, 2).reshape(-1, k)
+    assert (rows[num_tokens:] == 0x7FFF).all()
+    return rows[:num_tokens]
+
+
+def run_row(kernel, graph, arguments, num_tokens):
+    """The same of a norm kernel, whose O is in tiles."""
+    k = graph.outputs[0].dims[1]
+    outputs = {tensor.name: emulate.poisoned((plans.round_up(num_tokens, plans.COLUMNS), k)) for tensor in graph.outputs}
+    kernel({**arguments, **outputs, "num_tokens": num_tokens, "eps": EPS}, delayed=True, seed=1)
+    if "S" in outputs:
+        assert (outputs["S"][num_tokens:] == 0x7FFF).all()
+    rows = {name: from_tiles(bits, num_tokens) if name == "O" else bits[:num_tokens] for name, bits in outputs.items()}
+    return {name: emulate.from_bf16(bits) for name, bits in rows.items()}
+
+
 BF16 = 4e-3  # one rounding of the operand and one of the output, each at most 2^-9 and uniform: 2.4e-3 in the norm
 
 
@@ -137,8 +163,19 @@ def test_row_kernel_equals_its_graph(folder, op, k):
     macros = {"MIRAGE_K": k, "MIRAGE_THREADS": 64}
     kernel = emulate.EmulatedKernel(lower.lower(graph), macros, folder)
     arguments = draw(graph, 5)
-    outputs = run(kernel, graph, arguments, 5, delayed=True, seed=1)
-    assert worst_error(outputs, expected(graph, arguments, 5)) < BF16
+    assert worst_error(run_row(kernel, graph, arguments, 5), expected(graph, arguments, 5)) < BF16
+
+
+@needs_gxx
+@pytest.mark.parametrize("op", ["linear", "gate_up_silu"])
+@pytest.mark.parametrize("chosen", [plan(tokens=24, cluster=2), plan(tokens=24, forloop=2, stages=1)], ids=["cluster", "two steps"])
+def test_a_gemm_reads_the_tiles_that_a_norm_leaves(folder, op, chosen):
+    k, n, num_tokens = 512, 64, 19
+    graph = graph_for(op, k, n, chosen)
+    kernel = emulate.EmulatedKernel(lower.lower(graph), {**chosen.defines(k, n), "MIRAGE_TILED": 1}, folder)
+    arguments = draw(graph, num_tokens)
+    results = run(kernel, graph, {**arguments, "X": to_tiles(arguments["X"])}, num_tokens, delayed=True, seed=1)
+    assert worst_error(results, expected(graph, arguments, num_tokens)) < BF16
 
 
 @needs_gxx
@@ -172,11 +209,11 @@ def test_float16_runs_through_the_split_schedule(folder, dtype):
     k, n, chosen = 512, 64, plan()
     norm_graph, graph = ops.load_for("rms_norm", ops.Shape(8, k, k, 8, 1)), graph_for("linear", k, n, chosen)
     norm = emulate.EmulatedKernel(lower.lower(norm_graph), {"MIRAGE_K": k, "MIRAGE_THREADS": 64, "MIRAGE_FP16": 1}, folder)
-    gemm = emulate.EmulatedKernel(lower.lower(graph), {**chosen.defines(k, n), "MIRAGE_FP16": 1}, folder)
+    gemm = emulate.EmulatedKernel(lower.lower(graph), {**chosen.defines(k, n), "MIRAGE_FP16": 1, "MIRAGE_TILED": 1}, folder)
     random = np.random.default_rng(3)
     x, r = (emulate.to_fp16(1e3 * random.standard_normal((3, k))) for _ in range(2))  # products of these leave fp16's range
     g, w = emulate.to_fp16(1 + 0.2 * random.standard_normal((1, k))), emulate.to_fp16(0.05 * random.standard_normal((n, k)))
-    normed, stream, out = emulate.poisoned((3, k)), emulate.poisoned((3, k)), emulate.poisoned((3, n))
+    normed, stream, out = emulate.poisoned((8, k)), emulate.poisoned((3, k)), emulate.poisoned((3, n))
     norm({"X": x, "R": r, "G": g, "O": normed, "S": stream, "num_tokens": 3, "eps": EPS}, delayed=True, seed=1)
     gemm({"X": normed, "W": w, "O": out, "num_tokens": 3}, delayed=True, seed=1)
     total = emulate.from_fp16(x) + emulate.from_fp16(r)
@@ -216,7 +253,7 @@ def test_a_barrier_removed_from_the_row_kernel_is_caught(folder):
     broken = _without(emulate.RUNTIME.read_text(), "  block_barrier();\n  sum = 0.0f;", 0)
     kernel = emulate.EmulatedKernel(lower.lower(graph), {"MIRAGE_K": 256, "MIRAGE_THREADS": 64}, folder, runtime=broken)
     arguments = draw(graph, 4)
-    assert not worst_error(run(kernel, graph, arguments, 4, delayed=True, seed=1), expected(graph, arguments, 4)) < BF16
+    assert not worst_error(run_row(kernel, graph, arguments, 4), expected(graph, arguments, 4)) < BF16
 
 
 def test_shipped_sources_are_what_the_graphs_give():

@@ -13,7 +13,7 @@ import torch
 
 from .arguments import ARGUMENTS
 from .compiler import Build, CubinCache
-from .plans import GEMM_OPS, AttentionPlan, Plan, cache_folder, source_defines
+from .plans import COLUMNS, AttentionPlan, Plan, cache_folder, kernels_of, round_up
 
 logger = logging.getLogger(__name__)
 Wanted = tuple[str, dict[str, int], bool]  # source, macros, may start before its predecessor on the stream has finished
@@ -61,11 +61,11 @@ class Gemm:
         shape: list[list[range]] = []
         for plan in plans:
             variants = []
-            for names in GEMM_OPS[op].sources[plan.schedule]:
+            for sources in kernels_of(op, plan, k, n):
                 start = len(wanted)
-                for name in names:
+                for name, macros in sources:
                     # behind its own norm kernel a GEMM always overlaps
-                    wanted.append((name, source_defines(name, plan, k, n), overlap or len(wanted) > start))
+                    wanted.append((name, macros, overlap or len(wanted) > start))
                 variants.append(range(start, len(wanted)))
             shape.append(variants)
         loaded = load(wanted, dtype, device, f"{op} {k}→{n}")
@@ -93,7 +93,7 @@ class NormGemm(Gemm):
         if len(kernels) == 1:
             kernels[0](out.data_ptr(), *written, *read, weight.data_ptr(), num_tokens, eps)
         else:
-            normed = torch.empty_like(hidden_states)
+            normed = hidden_states.new_empty((round_up(num_tokens, COLUMNS), hidden_states.shape[1]))  # in whole tiles
             kernels[0](normed.data_ptr(), *written, *read, num_tokens, eps)
             kernels[1](out.data_ptr(), normed.data_ptr(), weight.data_ptr(), num_tokens)
         return out, residual_out

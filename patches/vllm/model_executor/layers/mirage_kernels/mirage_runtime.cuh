@@ -189,10 +189,11 @@ MIRAGE_DEVICE Vec pack(float const (&in)[kVector]) {
 // ------------------------------------------------------------------------------------------------ schedule
 // Everything that the plan and the muGraph's grid, for-loop range and tile maps decide. Lengths are in elements.
 template <int K_, int N_, int TOKENS_, int GRID_, int FORLOOP_, int CLUSTER_, int WARPS_, int STAGES_, int EARLY_, int PREFETCH_,
-          int GEMMS_, int INPUTS_, int VECTORS_, int ROW_SUMS_>
+          int TILED_, int GEMMS_, int INPUTS_, int VECTORS_, int ROW_SUMS_>
 struct Schedule {
   static constexpr int K = K_, N = N_, TOKENS = TOKENS_, GRID = GRID_, FORLOOP = FORLOOP_, CLUSTER = CLUSTER_, WARPS = WARPS_;
   static constexpr int THREADS = WARPS * kWarp;
+  static constexpr bool TILED = TILED_;                                         // activations lie in tiles, as a norm kernel leaves them
   static constexpr int GEMMS = GEMMS_;                                          // weight tiles that share the activations
   static constexpr int INPUTS = INPUTS_;                                        // activation tensors [num_tokens, K]
   static constexpr int VECTORS = VECTORS_;                                      // weight vectors [K]
@@ -234,6 +235,11 @@ struct Position {
 
 MIRAGE_DEVICE unsigned char const *element(void const *tensor, uint64_t index) { return static_cast<unsigned char const *>(tensor) + index * 2; }
 MIRAGE_DEVICE unsigned char *element(void *tensor, uint64_t index) { return static_cast<unsigned char *>(tensor) + index * 2; }
+// Where a norm kernel leaves [num_tokens, K] for its GEMM: in tiles of 8 tokens x 32 k, one behind the other along K. A warp loads such a
+// tile as 4 whole lines; from rows it would take 8 halves of lines, which cost 0.3 to 1.1 us at 16 tokens (H200; docs/perf-log.md).
+MIRAGE_DEVICE uint64_t tiled_index(int token, int k, int row_length) {
+  return (static_cast<uint64_t>(token / kColumns) * row_length + k / kStep * kStep) * kColumns + token % kColumns * kStep + k % kStep;
+}
 
 // ------------------------------------------------------------------------------------------------ activations
 // What a warp holds of one step: a fragment of each input for each tile of 8 tokens, and one of each vector.
@@ -243,9 +249,10 @@ struct Fragments {
 };
 template <class S>
 MIRAGE_DEVICE Vec load_input(Position<S> const &at, void const *tensor, int num_tokens, int tile, int step) {  // rows from num_tokens on read as 0
-  const int token = tile * kColumns + at.lane / 4;
+  const int token = tile * kColumns + at.lane / 4, k = at.k(step);
+  const uint64_t in_tile = (static_cast<uint64_t>(tile) * S::K + k - at.lane % 4 * kVector) * kColumns + at.lane * kVector;
   Vec v = {};
-  if (token < num_tokens) v = load_global(element(tensor, static_cast<uint64_t>(token) * S::K + at.k(step)));
+  if (token < num_tokens) v = load_global(element(tensor, S::TILED ? in_tile : static_cast<uint64_t>(token) * S::K + k));
   return v;
 }
 template <class S>

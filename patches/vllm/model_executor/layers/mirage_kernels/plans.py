@@ -20,6 +20,7 @@ STEP = 32  # k of one 16-byte load by four lanes
 HEAD_DIM = 128  # the head that decode_attention.cu is written for
 # 32 requests: 1.05 of stock's speed at 2,000 tokens each, 0.97 at 8,000; between them 1 lies at some 4,700 (a decode step of 8B, H200)
 MANY_REQUESTS_CONTEXT = 4096
+ROW_KERNELS = ("rms_norm", "rms_norm_first")
 REGISTERS = 65536  # 32-bit registers of a multiprocessor, sm_80 and up
 SHARED_BYTES = 99 * 1024  # shared memory of a block that every architecture from sm_80 on grants
 
@@ -124,6 +125,7 @@ class Plan:
             "MIRAGE_EARLY": self.early,
             "MIRAGE_PREFETCH": self.prefetch,
             "MIRAGE_OCCUPANCY": self.blocks_per_sm,
+            "MIRAGE_TILED": 0,
         }
 
 
@@ -137,9 +139,15 @@ def largest_cluster(arch: str) -> int:
     return 8 if int(arch.removeprefix("sm_")) >= 90 else 1
 
 
-def source_defines(source: str, plan: Plan, k: int, n: int) -> dict[str, int]:
-    """The macros of one kernel of an op's plan: a norm kernel is bound by the row alone."""
-    return row_defines(k) if source in ("rms_norm", "rms_norm_first") else plan.defines(k, n)
+def kernels_of(op: str, plan: Plan, k: int, n: int) -> list[list[tuple[str, dict[str, int]]]]:
+    """For each variant of an op the kernels that run in order, with their macros; a GEMM behind a norm kernel reads that one's tiles."""
+    return [
+        [
+            (name, row_defines(k) if name in ROW_KERNELS else plan.defines(k, n) | {"MIRAGE_TILED": int(name != names[0])})
+            for name in names
+        ]
+        for names in GEMM_OPS[op].sources[plan.schedule]
+    ]
 
 
 def row_defines(k: int) -> dict[str, int]:

@@ -59,6 +59,6 @@ extern "C" __global__ void __launch_bounds__(Plan::THREADS) rms_norm_first(Argum
       const float out = s_scaled_kept[v][e] * inverse_rms;
       result[e] = out;
     }
-    store_global(element(args.O, row + k), pack(result));
+    store_global(element(args.O, tiled_index(blockIdx.x, k, Plan::K)), pack(result));
   }
 }
