@@ -452,7 +452,7 @@ class Bench:
         return bandwidth
 
     def kernel(self, size: str, op: str, batch: int, rounds: int, warmup: int, seed: int) -> dict[str, Any]:
-        """One fused op of one layer on `batch` tokens in bf16: µs of each round, errors against float64.
+        """One fused op of one layer on `batch` tokens in bf16: µs of each round, errors against float64, µs of a bare read.
 
         Weights (or KV caches) rotate through more than the L2 holds, so that each call reads them from memory as in a
         model. All sides are replayed as CUDA graphs in turn.
@@ -480,26 +480,28 @@ class Bench:
         bytes_moved = layer.op_bytes(shape, op, batch, CONTEXT)
         copies = max(2, math.ceil(4 * l2 / bytes_moved))
         step = layer.Step(shape, batch, CONTEXT, device, copies=copies, ops=(op,))
-        exact, errors, graphs = step.exact(op), {}, {}
+        exact = step.exact(op)
+        runs: dict[str, Callable[[int], Any]] = {side: functools.partial(step.run, op, kernel) for side, kernel in sides.items()}
+        errors = {side: layer.relative_error(run(0), exact) for side, run in runs.items()}
+        reads = {f"read {n}": lambda i, read=read: read(step.memory(op, i)) for n, read in enumerate(layer.bare_readers(device))}
+        runs |= reads
         calls = math.ceil(LAUNCHES / copies) * copies
-        for side, kernel in sides.items():
-            errors[side] = layer.relative_error(step.run(op, kernel, 0), exact)
 
-            def all_copies(kernel: Any = kernel) -> None:
-                for i in range(calls):
-                    step.run(op, kernel, i % copies)
+        def all_copies(run: Callable[[int], Any]) -> None:
+            for i in range(calls):
+                run(i % copies)
 
-            graphs[side] = capture(all_copies)
-        samples: dict[str, list[float]] = {side: [] for side in sides}
+        graphs = {name: capture(functools.partial(all_copies, run)) for name, run in runs.items()}
+        samples: dict[str, list[float]] = {name: [] for name in runs}
         for turn in range(warmup + rounds):
-            for side in sides:
-                microseconds = replay_us(graphs[side], 2) / calls
+            for name, graph in graphs.items():
+                microseconds = replay_us(graph, 2) / calls
                 if turn >= warmup:
-                    samples[side].append(microseconds)
-        overlap_us = float(np.median(samples.pop("overlapping")))
+                    samples[name].append(microseconds)
+        medians = {name: float(np.median(times)) for name, times in samples.items()}
         return {
-            "samples": samples, "errors": errors, "copies": copies, "kernel": sides["mirage"].name,
-            "overlapping": overlap_us, "bytes": bytes_moved,
+            "samples": {arm: samples[arm] for arm in ARMS}, "errors": errors, "copies": copies, "kernel": sides["mirage"].name,
+            "overlapping": medians["overlapping"], "bare_read": min(medians[read] for read in reads), "bytes": bytes_moved,
         }  # fmt: skip
 
     def describe(self) -> dict[str, Any]:
@@ -1038,22 +1040,23 @@ def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         cells = [line["case"], str(line["batch"]), line["metric"], line["unit"], spread(line.get("stock"))]
         cells += [spread(line.get("mirage")), speedup_text(line.get("speedup")), said]
         if floors:
-            cells.append(floor_text(line))
+            cells.append(floor_text(line, "floor"))
         if result["level"] == "kernel":
+            cells.append(floor_text(line, "bare_read"))
             cells.append(digits(line["overlapping"]) if line.get("overlapping") else "-")
             errors = line.get("errors")
             cells.append(f"{errors['mirage']:.2e} ({errors['stock']:.2e})" if errors else "-")
         lines.append(cells)
     header += ["floor (share reached)"] if floors else []
-    return header + (["with overlap", "error (stock's)"] if result["level"] == "kernel" else []), lines
+    return header + (["bare read (share reached)", "with overlap", "error (stock's)"] if result["level"] == "kernel" else []), lines
 
 
-def floor_text(line: dict[str, Any]) -> str:
-    """The floor and what share of it each arm reached."""
-    if not line["floor"]:
+def floor_text(line: dict[str, Any], floor: str) -> str:
+    """The floor (or the bare read) and what share of it each arm reached."""
+    if not line.get(floor):
         return "-"
-    shares = [f"{line['floor'] / line[arm]['median']:.0%}" for arm in ARMS if line.get(arm)]
-    return digits(line["floor"]) + (f" ({', '.join(shares)})" if shares else "")
+    shares = [f"{line[floor] / line[arm]['median']:.0%}" for arm in ARMS if line.get(arm)]
+    return digits(line[floor]) + (f" ({', '.join(shares)})" if shares else "")
 
 
 def print_table(header: list[str], lines: list[list[str]]) -> None:

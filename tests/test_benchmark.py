@@ -5,6 +5,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -409,7 +410,7 @@ class MadeUpWorker:
             return {"reason": "no kernel for 2 tokens"}
         samples = {"stock": [5.0] * rounds, "mirage": [4.0] * rounds}
         answer = {"samples": samples, "errors": {"stock": 1e-3, "mirage": 1e-3}, "copies": 9, "kernel": "k"}
-        return answer | {"bytes": 8_000_000, "overlapping": 3.0}
+        return answer | {"bytes": 8_000_000, "overlapping": 3.0, "bare_read": 3.2}
 
     def describe(self) -> dict[str, Any]:
         return DESCRIPTION | {"report": report()["reports"][self.arm]}
@@ -442,7 +443,7 @@ def test_the_step_level_alternates_and_compares_with_the_floor(made_up: bench.Se
     assert [line["speedup"]["ratio"] for line in result["rows"]] == [1.25, 1.25, 1.0, 1.0]
     assert [line["stock"]["median"] for line in result["rows"][:2]] == [1.0, 4.0]
     assert [line["floor"] for line in result["rows"]] == [0.5, 0.5, None, None]  # ms: 2 GB at 4 TB/s
-    assert bench.floor_text(result["rows"][0]).endswith("(50%, 62%)")
+    assert bench.floor_text(result["rows"][0], "floor").endswith("(50%, 62%)")
     options.batch_sizes = [3]
     with pytest.raises(bench.UsageError, match=r"No decode graph is captured for batch \[3\]"):
         bench.run_step(made_up, options, MODEL, unfinished("step"), bench.Screen(result))
@@ -496,6 +497,8 @@ def test_the_kernel_level_goes_on_after_a_crash_and_says_what_has_no_kernel(
     ratios = [line["speedup"] and line["speedup"]["ratio"] for line in result["rows"]]
     assert ratios == [1.25, None, None, 1.25] * len(bench.LAYER_OPS)
     assert result["rows"][0]["floor"] == 2.0  # µs: 8 MB at 4 TB/s
+    header, lines = bench.table(result)
+    assert [line[header.index("bare read (share reached)")] for line in lines[:4]] == ["3.200 (64%, 80%)", "-", "-", "3.200 (64%, 80%)"]
     assert "stock 1.0e-03, mirage 1.0e-03" in capsys.readouterr().out
 
 
@@ -517,6 +520,8 @@ def test_the_kernel_level_checks_both_sides_against_float64(monkeypatch: pytest.
     monkeypatch.setitem(sys.modules, "vllm.model_executor.layers.mirage_kernels", package)
     monkeypatch.setitem(layer.MODELS, "small", layer.LayerShape(64, 2, 1, 64))
     monkeypatch.setattr(layer, "stock_norm", layer.stock_norm._torchdynamo_orig_callable)  # type: ignore[attr-defined]  # not compiled
+    read: list[int] = []  # addresses
+    monkeypatch.setattr(layer, "bare_readers", lambda device: [lambda weight: read.append(weight.data_ptr())] * 3)
     monkeypatch.setattr(bench, "DEVICE", "cpu")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(L2_cache_size=1 << 16))
     monkeypatch.setattr(bench, "capture", lambda call: call)
@@ -528,8 +533,43 @@ def test_the_kernel_level_checks_both_sides_against_float64(monkeypatch: pytest.
     assert answer["bytes"] == 2 * (64 * 512 + 64 + 2 * (3 * 64 + 512))
     assert answer["copies"] == 4  # four times an L2 of 64 KiB
     assert answer["samples"] == {"stock": [8 / 96] * 5, "mirage": [8 / 96] * 5}  # 96 launches in a graph
-    assert answer["overlapping"] == 8 / 96
+    assert answer["overlapping"] == answer["bare_read"] == 8 / 96
+    assert len(set(read)) == 4 and read == read[:4] * (len(read) // 4)  # the copies in turn
     assert "kernels end at 16 tokens" in bench.Bench().kernel(batch=17, **case)["reason"]
+
+
+# --- the bare read
+
+
+BARE_READ = ROOT / "mirage_codegen" / "bare_read.cu"
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+@pytest.mark.parametrize("vectors", [1, 8, 500, 517])  # of 16 bytes
+def test_a_bare_read_reads_everything_once(vectors: int, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    from mirage_codegen import emulate
+    from mirage_codegen.lower import Kernel
+
+    kernel = Kernel("bare_read", BARE_READ.read_text(), ("begin", "end", "out", "num_tokens"))
+    emulated = emulate.EmulatedKernel(kernel, {"MIRAGE_BLOCKS": 3, "MIRAGE_THREADS": 32}, tmp_path)
+    memory, out = emulate.aligned(np.zeros((vectors + 1, 8), np.uint16)), emulate.aligned(np.zeros(2, np.uint16))
+    words, last = memory.view(np.uint32), memory.ctypes.data + 16 * vectors
+    for place in range(vectors + 1):  # a thread writes what it read if that is this number in all, so once
+        words[:], out[:] = 0, 0
+        words[place, place % 4] = 0x12345678
+        emulated({"begin": memory, "end": last, "out": out, "num_tokens": 1}, delayed=False, seed=0)
+        assert out.view(np.uint32) == [0x12345678 if place < vectors else 0]
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_120"])
+def test_a_bare_read_compiles_for(arch: str) -> None:
+    pytest.importorskip("cuda.bindings.nvrtc")
+    from mirage_codegen import layer
+
+    for blocks, threads in layer.BARE_READS:
+        build = layer.compiler.Build(str(BARE_READ), (("MIRAGE_BLOCKS", 132 * blocks), ("MIRAGE_THREADS", threads)), arch)
+        assert layer.compiler.compile_cubin(build)
 
 
 @pytest.mark.engine
