@@ -318,7 +318,7 @@ class Bench:
     def fill(self, batch: int, context: int, vocab: int, seed: int) -> list[int]:
         """Prefill `batch` prompts of `context` tokens until all of them decode together; returns the captured batch sizes.
 
-        The engine stops there: its buffers hold a full batch, which the graphs' replays then work on.
+        The engine stops there: its buffers, FlashAttention's schedule among them, hold this batch, and only its graph may be replayed.
         """
         import torch
 
@@ -334,29 +334,31 @@ class Bench:
             self.filled = batch, context
         return sorted(self._decode_graphs())
 
-    def step(self, batches: list[int], replays: int) -> dict[str, float]:
-        """GPU time of one decode step in ms for each batch size: mean of `replays` replays between two events."""
+    def _graph(self) -> Any:
+        """The decode graph of the batch that decodes now (`fill`)."""
+        assert self.filled, "no batch decodes"
+        return self._decode_graphs()[self.filled[0]]
+
+    def step(self, replays: int) -> float:
+        """GPU time of one decode step in ms: mean of `replays` replays between two events."""
         import torch
 
-        result = {}
-        graphs = self._decode_graphs()
-        for batch in batches:
-            for _ in range(3):
-                graphs[batch].replay()
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            for _ in range(replays):
-                graphs[batch].replay()
-            end.record()
-            torch.cuda.synchronize()
-            result[str(batch)] = begin.elapsed_time(end) / replays
-        return result
+        graph = self._graph()
+        for _ in range(3):
+            graph.replay()
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        for _ in range(replays):
+            graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) / replays
 
-    def launch(self, batch: int, times: int) -> dict[str, float]:
+    def launch(self, times: int) -> dict[str, float]:
         """One decode step at a time on an idle GPU, in ms: the host's part of the launch, and the whole by wall clock; medians."""
         import torch
 
-        graph, host, whole = self._decode_graphs()[batch], [], []
+        graph, host, whole = self._graph(), [], []
         for _ in range(times):
             torch.cuda.synchronize()
             start = time.perf_counter()
@@ -401,18 +403,18 @@ class Bench:
         """What a step's kernels take in ms, one by one: no time of the host in it, and no gap between kernels."""
         return sum(event["duration"] for event in self._profile(step)) / 1e3
 
-    def timeline(self, batch: int) -> list[dict[str, Any]]:
+    def timeline(self) -> list[dict[str, Any]]:
         """Kernels of one layer of a decode step as CUPTI saw them: name, kind, start and duration in µs."""
-        graph = self._decode_graphs()[batch]
+        graph = self._graph()
         graph.replay()
         return one_layer(self._profile(graph.replay))
 
-    def kernels(self, batches: list[int], vocab: int) -> dict[str, dict[str, int]]:
-        """How often each kernel runs in a decode step of each batch size, and in a prefill of PREFILL's prompts.
-
-        Only a full batch may be replayed (`fill`): the graphs read what the engine's buffers say of it.
-        """
-        found = {str(batch): self._counts(self._decode_graphs()[batch].replay) for batch in batches}
+    def kernels(self, batches: list[int], context: int, vocab: int) -> dict[str, dict[str, int]]:
+        """How often each kernel runs in a decode step of each batch size, and in a prefill of PREFILL's prompts."""
+        found = {}
+        for batch in batches:
+            self.fill(batch, context, vocab, seed=0)
+            found[str(batch)] = self._counts(self._graph().replay)
         self.prefill(vocab, seed=0)
         return found | {"prefill": self._counts(self._prefill)}
 
@@ -450,7 +452,7 @@ class Bench:
         return bandwidth
 
     def kernel(self, size: str, op: str, batch: int, rounds: int, warmup: int, seed: int) -> dict[str, Any]:
-        """One fused op of one layer on `batch` tokens in bf16: µs of each round, errors against float64.
+        """One fused op of one layer on `batch` tokens in bf16: µs of each round, errors against float64, µs of a bare read.
 
         Weights (or KV caches) rotate through more than the L2 holds, so that each call reads them from memory as in a
         model. All sides are replayed as CUDA graphs in turn.
@@ -478,26 +480,28 @@ class Bench:
         bytes_moved = layer.op_bytes(shape, op, batch, CONTEXT)
         copies = max(2, math.ceil(4 * l2 / bytes_moved))
         step = layer.Step(shape, batch, CONTEXT, device, copies=copies, ops=(op,))
-        exact, errors, graphs = step.exact(op), {}, {}
+        exact = step.exact(op)
+        runs: dict[str, Callable[[int], Any]] = {side: functools.partial(step.run, op, kernel) for side, kernel in sides.items()}
+        errors = {side: layer.relative_error(run(0), exact) for side, run in runs.items()}
+        reads = {f"read {n}": lambda i, read=read: read(step.memory(op, i)) for n, read in enumerate(layer.bare_readers(device))}
+        runs |= reads
         calls = math.ceil(LAUNCHES / copies) * copies
-        for side, kernel in sides.items():
-            errors[side] = layer.relative_error(step.run(op, kernel, 0), exact)
 
-            def all_copies(kernel: Any = kernel) -> None:
-                for i in range(calls):
-                    step.run(op, kernel, i % copies)
+        def all_copies(run: Callable[[int], Any]) -> None:
+            for i in range(calls):
+                run(i % copies)
 
-            graphs[side] = capture(all_copies)
-        samples: dict[str, list[float]] = {side: [] for side in sides}
+        graphs = {name: capture(functools.partial(all_copies, run)) for name, run in runs.items()}
+        samples: dict[str, list[float]] = {name: [] for name in runs}
         for turn in range(warmup + rounds):
-            for side in sides:
-                microseconds = replay_us(graphs[side], 2) / calls
+            for name, graph in graphs.items():
+                microseconds = replay_us(graph, 2) / calls
                 if turn >= warmup:
-                    samples[side].append(microseconds)
-        overlap_us = float(np.median(samples.pop("overlapping")))
+                    samples[name].append(microseconds)
+        medians = {name: float(np.median(times)) for name, times in samples.items()}
         return {
-            "samples": samples, "errors": errors, "copies": copies, "kernel": sides["mirage"].name,
-            "overlapping": overlap_us, "bytes": bytes_moved,
+            "samples": {arm: samples[arm] for arm in ARMS}, "errors": errors, "copies": copies, "kernel": sides["mirage"].name,
+            "overlapping": medians["overlapping"], "bare_read": min(medians[read] for read in reads), "bytes": bytes_moved,
         }  # fmt: skip
 
     def describe(self) -> dict[str, Any]:
@@ -866,16 +870,16 @@ def compare_tokens(pairs: list[tuple[list[list[int]], list[list[int]]]], dummy: 
 def run_step(
     session: Session, options: argparse.Namespace, model: Model, result: dict[str, Any], screen: Screen
 ) -> None:
-    """GPU time of one decode step at each captured batch size, one context after the other."""
-    contexts, largest = options.input_len, max(options.batch_sizes)
+    """GPU time of one decode step of exactly as many requests as each captured batch size, one context after the other."""
+    contexts, batches = options.input_len, options.batch_sizes
     names = {context: "decode step" if len(contexts) == 1 else f"decode step, {context} tokens before it" for context in contexts}
-    rows = {(c, batch): row(model.name, names[c], batch, "ms") for c in contexts for batch in options.batch_sizes}
+    rows = {(c, batch): row(model.name, names[c], batch, "ms") for c in contexts for batch in batches}
     launches = {
-        kind: row(model.name, metric, options.batch_sizes[0], "ms")
+        kind: row(model.name, metric, batches[0], "ms")
         for kind, metric in (("host", "launch of a decode step, host"), ("whole", "decode step from an idle GPU, wall clock"))
     }
     others = {}
-    if largest >= MIXED[0] and max(contexts) <= 256:  # the KV cache is sized for the batch: it holds these, too
+    if max(batches) >= MIXED[0] and max(contexts) <= 256:  # the KV cache is sized for the batch: it holds these, too
         said = {"prefill": (f"prefill of {PREFILL[1]} tokens each", PREFILL[0])}
         said["mixed"] = f"decode beside {MIXED[1]} prompt tokens", MIXED[0]
         for name, (metric, batch) in said.items():
@@ -883,18 +887,19 @@ def run_step(
             others[name, "kernels"] = row(model.name, f"{metric}, kernels", batch, "ms")
     result["rows"] = [*rows.values(), *launches.values(), *others.values()]
 
-    def decode(context: int, worker: Worker, number: int) -> None:
-        captured = worker.call("fill", batch=largest, context=context, vocab=model.vocab, seed=options.seed)
-        missing = [batch for batch in options.batch_sizes if batch not in captured]
-        if missing:
-            raise UsageError(f"No decode graph is captured for batch {missing}: choose --batch-sizes from {captured}.")
-        for batch, ms in worker.call("step", batches=options.batch_sizes, replays=options.replays).items():
+    def decode(context: int, group: list[int], worker: Worker, number: int) -> None:
+        for batch in group:
+            captured = worker.call("fill", batch=batch, context=context, vocab=model.vocab, seed=options.seed)
+            missing = sorted(set(batches) - set(captured))
+            if missing:
+                raise UsageError(f"No decode graph is captured for batch {missing}: choose --batch-sizes from {captured}.")
+            ms = worker.call("step", replays=options.replays)
             if number >= 0:
-                rows[context, int(batch)]["samples"][worker.arm].append(ms)
-        if context == contexts[0]:
-            for kind, ms in worker.call("launch", batch=options.batch_sizes[0], times=20).items():
-                if number >= 0:
-                    launches[kind]["samples"][worker.arm].append(ms)
+                rows[context, batch]["samples"][worker.arm].append(ms)
+            if (context, batch) == (contexts[0], batches[0]):
+                for kind, ms in worker.call("launch", times=20).items():
+                    if number >= 0:
+                        launches[kind]["samples"][worker.arm].append(ms)
         if number == options.num_iterations - 1:
             describe(worker, result)
         if "floor" not in result:
@@ -909,8 +914,10 @@ def run_step(
                 if number >= 0:
                     others[name, kind]["samples"][worker.arm].append(ms)
 
-    for context in contexts:
-        alternate(session, options, functools.partial(decode, context), screen)
+    # a fresh process fills itself with each batch in its turn; two that stay alive fill once for all rounds of a batch
+    groups = [batches] if session.fresh else [[batch] for batch in batches]
+    for context, group in itertools.product(contexts, groups):
+        alternate(session, options, functools.partial(decode, context, group), screen)
     if others:
         alternate(session, options, prefill, screen)
 
@@ -1033,22 +1040,23 @@ def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         cells = [line["case"], str(line["batch"]), line["metric"], line["unit"], spread(line.get("stock"))]
         cells += [spread(line.get("mirage")), speedup_text(line.get("speedup")), said]
         if floors:
-            cells.append(floor_text(line))
+            cells.append(floor_text(line, "floor"))
         if result["level"] == "kernel":
+            cells.append(floor_text(line, "bare_read"))
             cells.append(digits(line["overlapping"]) if line.get("overlapping") else "-")
             errors = line.get("errors")
             cells.append(f"{errors['mirage']:.2e} ({errors['stock']:.2e})" if errors else "-")
         lines.append(cells)
     header += ["floor (share reached)"] if floors else []
-    return header + (["with overlap", "error (stock's)"] if result["level"] == "kernel" else []), lines
+    return header + (["bare read (share reached)", "with overlap", "error (stock's)"] if result["level"] == "kernel" else []), lines
 
 
-def floor_text(line: dict[str, Any]) -> str:
-    """The floor and what share of it each arm reached."""
-    if not line["floor"]:
+def floor_text(line: dict[str, Any], floor: str) -> str:
+    """The floor (or the bare read) and what share of it each arm reached."""
+    if not line.get(floor):
         return "-"
-    shares = [f"{line['floor'] / line[arm]['median']:.0%}" for arm in ARMS if line.get(arm)]
-    return digits(line["floor"]) + (f" ({', '.join(shares)})" if shares else "")
+    shares = [f"{line[floor] / line[arm]['median']:.0%}" for arm in ARMS if line.get(arm)]
+    return digits(line[floor]) + (f" ({', '.join(shares)})" if shares else "")
 
 
 def print_table(header: list[str], lines: list[list[str]]) -> None:
@@ -1491,8 +1499,8 @@ def profile_layers(session: Session, options: argparse.Namespace, model: Model) 
     context = max(options.input_len or [128])
     for arm in ARMS:
         with session.arm(arm) as worker:
-            worker.call("fill", batch=max(options.batch_sizes), context=context, vocab=model.vocab, seed=options.seed)
-            layers[arm] = worker.call("timeline", batch=batch)
+            worker.call("fill", batch=batch, context=context, vocab=model.vocab, seed=options.seed)
+            layers[arm] = worker.call("timeline")
     return layers
 
 

@@ -78,6 +78,9 @@ def kernel_table() -> list[str]:
             f"{line['stock']['median'] / line['overlapping']:.2f}×" if line.get("overlapping") else "stock" for line in found.values()
         ]
         lines.append(["overlapping with itself", *overlapping])
+        if any(line.get("bare_read") for line in found.values()):
+            reads = (line.get("bare_read") and line["bare_read"] / line["mirage"]["median"] for line in found.values())
+            lines.append(["share of a bare read", *(f"{share:.0%}" if share else "–" for share in reads)])
         theirs = [own.get((QWEN3_SIZES[model].hidden, batch)) for batch in batches]
         lines.append(["Mirage's own, error", *(f"{e['stock_us'] / e['us']:.2f}×, {e['error']:.1e}" if e else "–" for e in theirs)])
     return table("`norm_qkv` by itself, tokens", list(batches), lines)

@@ -8,6 +8,7 @@ stock path (what Inductor makes of the stock layer, cuBLAS, vLLM's own cache wri
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 import sys
@@ -24,11 +25,13 @@ from mirage_codegen.models import QWEN3_SIZES
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "patches/vllm/model_executor/layers"))
 import mirage_kernels
-from mirage_kernels import plans
+from mirage_kernels import compiler, plans
 
 EPS, PAGE, HEAD_DIM = 1e-6, 16, plans.HEAD_DIM
 GEMMS = ("norm_qkv", "o_proj", "norm_gate_up", "down_proj")
 PROJECTIONS = ("o_proj", "down_proj")
+# blocks on each multiprocessor, and their threads: on an H200 the first was best from 30 MB on, the second below
+BARE_READS = ((3, 512), (4, 256), (8, 256))
 
 
 @dataclass(frozen=True)
@@ -312,6 +315,10 @@ class Step:
             self._inputs[op] = torch.empty((self.num_tokens, width), dtype=torch.bfloat16, device=self.device).normal_()
         return self._inputs[op]
 
+    def memory(self, op: str, i: int) -> torch.Tensor:
+        """What a call with weights (or cache) i cannot do without reading."""
+        return self.caches[i].kv_cache if op == "attention" else self.weights[i][op]
+
     def exact(self, op: str) -> torch.Tensor:
         """What run(op, …, 0) should give, in float64 from the same inputs; without the residual that a projection's kernel may add."""
         if op == "attention":
@@ -360,6 +367,23 @@ class Step:
             state = self.layer(kernels, i % self.copies, *(state if i else (self.hidden_states, self.residual)))
 
         return graph_time_us(run, self.copies * math.ceil(layers / self.copies), replays)
+
+
+@functools.cache
+def bare_readers(device: torch.device) -> list[Callable[[torch.Tensor], None]]:
+    """Kernels that only read a tensor's memory, one for each launch shape of BARE_READS."""
+    from mirage_kernels.launcher import LoadedKernel
+
+    gpu = torch.cuda.get_device_properties(device)
+    out = torch.zeros(1, dtype=torch.int32, device=device)
+
+    def reader(blocks: int, threads: int) -> Callable[[torch.Tensor], None]:
+        defines = ("MIRAGE_BLOCKS", blocks * gpu.multi_processor_count), ("MIRAGE_THREADS", threads)
+        build = compiler.Build(str(Path(__file__).with_name("bare_read.cu")), defines, f"sm_{gpu.major}{gpu.minor}")
+        kernel = LoadedKernel(compiler.compile_cubin(build), "bare_read", ["begin", "end", "out", "num_tokens"], device, overlap=False)
+        return lambda x: kernel(x.data_ptr(), x.data_ptr() + x.nbytes, out.data_ptr(), 1)
+
+    return [reader(*shape) for shape in BARE_READS]
 
 
 def graph_time_us(run: Callable[[int], object], count: int, replays: int = 5) -> float:

@@ -16,6 +16,7 @@ Exit status: 0 the same kernels, 1 other kernels or a failed measurement, 2 wron
 """
 
 import argparse
+import functools
 import importlib.util
 import json
 import os
@@ -23,6 +24,7 @@ import shutil
 import statistics
 import sys
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from pathlib import Path
@@ -66,17 +68,16 @@ class Engine:
         for name, ms in times.items():
             self.samples.setdefault(name, []).append(ms)
 
-    def decode(self, options: argparse.Namespace, model: benchmark.Model) -> dict[str, float]:
-        self.worker.call("fill", batch=max(options.batch_sizes), context=options.input_len[0], vocab=model.vocab, seed=0)
-        return self.worker.call("step", batches=options.batch_sizes, replays=options.replays)
+    def decode(self, options: argparse.Namespace, model: benchmark.Model, batch: int) -> dict[str, float]:
+        self.worker.call("fill", batch=batch, context=options.input_len[0], vocab=model.vocab, seed=0)
+        return {str(batch): self.worker.call("step", replays=options.replays)}
 
     def prefill(self, options: argparse.Namespace, model: benchmark.Model) -> dict[str, float]:
         times = self.worker.call("prefill", vocab=model.vocab, seed=0)
         return {f"prefill, {name}": ms for name, ms in times.items()}
 
     def kernels(self, options: argparse.Namespace, model: benchmark.Model) -> dict[str, dict[str, int]]:
-        self.decode(options, model)
-        return self.worker.call("kernels", batches=options.batch_sizes, vocab=model.vocab)
+        return self.worker.call("kernels", batches=options.batch_sizes, context=options.input_len[0], vocab=model.vocab)
 
     def median(self, name: str) -> float:
         return statistics.median(self.samples[name])
@@ -122,7 +123,8 @@ def run(options: argparse.Namespace) -> int:
         settings = benchmark.engine_arguments(options, model, gpu=True)
         try:
             engines = start_all(options, settings, make_sites(scratch), scratch)
-            for step in (Engine.decode, Engine.prefill):
+            steps: list[Callable[..., dict[str, float]]] = [functools.partial(Engine.decode, batch=batch) for batch in options.batch_sizes]
+            for step in (*steps, Engine.prefill):
                 for number in range(-1, options.num_iterations):  # the first round warms up
                     for engine in engines:
                         times = step(engine, options, model)

@@ -5,6 +5,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -320,7 +321,10 @@ def test_only_decode_graphs_are_replayed() -> None:
     captured = {Descriptor(1, 1): "one", Descriptor(8, 8): "eight", Descriptor(8, None): "piecewise"}
     captured |= {Descriptor(16, 8): "two tokens each", Descriptor(8, 8, 2): "split in two"}
     manager = SimpleNamespace(graphs=captured)
-    assert engine_with(SimpleNamespace(cudagraph_manager=manager))._decode_graphs() == {1: "one", 8: "eight"}
+    worker = engine_with(SimpleNamespace(cudagraph_manager=manager))
+    assert worker._decode_graphs() == {1: "one", 8: "eight"}
+    worker.filled = 8, 128  # requests that decode, and their context
+    assert worker._graph() == "eight"
 
 
 def test_an_engine_without_decode_graphs_is_refused() -> None:
@@ -334,8 +338,8 @@ def test_a_worker_reports_its_failure_and_its_death(tmp_path: Path) -> None:
     worker = bench.Worker("mirage", tmp_path, offline=True)
     try:
         worker.call("random_prompts", lengths=[3], vocab=10, seed=0)
-        with pytest.raises(bench.MeasurementError, match=r"The mirage arm failed: .*AttributeError"):
-            worker.call("step", batches=[1], replays=1)
+        with pytest.raises(bench.MeasurementError, match=r"The mirage arm failed: AssertionError: no batch decodes"):
+            worker.call("step", replays=1)
         worker.process.kill()
         with pytest.raises(bench.MeasurementError, match="ended with status -9"):
             worker.call("describe")
@@ -352,10 +356,13 @@ DESCRIPTION = {"gpu": "made up", "cuda": "13", "torch": "2", "vllm": "0", "peak_
 class MadeUpWorker:
     """Answers as a worker on a GPU would; mirage takes 0.8 of stock's time."""
 
-    turns: ClassVar[list[str]] = []  # arms in the order of their decode steps
+    turns: ClassVar[list[tuple[str, int]]] = []  # arm and requests of each decode step, in order
+    fills: ClassVar[list[tuple[str, int, int]]] = []  # arm, requests and context, where a worker held others
+    starts: ClassVar[list[str]] = []  # arms
 
     def __init__(self, arm: str, *_: Any, **__: Any) -> None:
         self.arm, self.process = arm, SimpleNamespace(pid=id(self))
+        self.filled = 0, 0
 
     def call(self, command: str, **arguments: Any) -> Any:
         return getattr(self, command)(**arguments)
@@ -363,15 +370,26 @@ class MadeUpWorker:
     def close(self) -> None:
         pass
 
+    def start(self, engine: dict[str, Any]) -> float:
+        self.starts.append(self.arm)
+        return 9.0
+
     def fill(self, batch: int, context: int, vocab: int, seed: int) -> list[int]:
+        if self.filled != (batch, context):
+            self.fills.append((self.arm, batch, context))
+            self.filled = batch, context
         return [1, 2, 4, 32]
 
-    def step(self, batches: list[int], replays: int) -> dict[str, float]:
-        self.turns.append(self.arm)
-        return {str(batch): 1.0 if self.arm == "stock" else 0.8 for batch in batches}
+    def step(self, replays: int) -> float:
+        self.turns.append((self.arm, self.filled[0]))
+        return (1.0 if self.arm == "stock" else 0.8) * self.filled[0]
 
-    def launch(self, batch: int, times: int) -> dict[str, float]:
+    def launch(self, times: int) -> dict[str, float]:
+        assert self.filled[0] == 1
         return {"host": 0.2, "whole": 1.0}
+
+    def timeline(self) -> list[dict[str, Any]]:
+        return [{"name": f"{self.arm} {self.filled}"}]
 
     def copy_bandwidth(self) -> float:
         return 4e12
@@ -392,41 +410,72 @@ class MadeUpWorker:
             return {"reason": "no kernel for 2 tokens"}
         samples = {"stock": [5.0] * rounds, "mirage": [4.0] * rounds}
         answer = {"samples": samples, "errors": {"stock": 1e-3, "mirage": 1e-3}, "copies": 9, "kernel": "k"}
-        return answer | {"bytes": 8_000_000, "overlapping": 3.0}
+        return answer | {"bytes": 8_000_000, "overlapping": 3.0, "bare_read": 3.2}
 
     def describe(self) -> dict[str, Any]:
         return DESCRIPTION | {"report": report()["reports"][self.arm]}
+
+
+MODEL = bench.Model("made up", "/", True, False, 100, 4096, 1)
 
 
 def unfinished(level: str) -> dict[str, Any]:
     return report(level) | {"rows": [], "reports": {}, "environment": {}, "peak_memory_bytes": {}}
 
 
-def test_the_step_level_alternates_and_compares_with_the_floor() -> None:
-    options = bench.parse(["--level", "step", "--batch-sizes", "1", "4", "--num-iterations", "5", "--num-warmup", "2"])
-    model = bench.Model("made up", "/", True, False, 100, 4096, 1)
+@pytest.fixture
+def made_up(monkeypatch: pytest.MonkeyPatch) -> bench.Session:
+    """Both arms as made-up workers that live side by side."""
+    monkeypatch.setattr(bench, "Worker", MadeUpWorker)
+    for seen in (MadeUpWorker.turns, MadeUpWorker.fills, MadeUpWorker.starts):
+        cast(list, seen).clear()
     session = bench.Session(Path("."), {}, True, fresh=False)
     session.workers = {arm: cast(bench.Worker, MadeUpWorker(arm)) for arm in bench.ARMS}
+    return session
+
+
+def test_the_step_level_alternates_and_compares_with_the_floor(made_up: bench.Session) -> None:
+    options = bench.parse(["--level", "step", "--batch-sizes", "1", "4", "--num-iterations", "5", "--num-warmup", "2"])
     result = unfinished("step")
-    MadeUpWorker.turns.clear()
-    bench.run_step(session, options, model, result, bench.Screen(result))
+    bench.run_step(made_up, options, MODEL, result, bench.Screen(result))
     bench.finish(result)
-    assert MadeUpWorker.turns == ["stock", "mirage"] * 7
+    assert MadeUpWorker.turns == [("stock", 1), ("mirage", 1)] * 7 + [("stock", 4), ("mirage", 4)] * 7
     assert [line["speedup"]["ratio"] for line in result["rows"]] == [1.25, 1.25, 1.0, 1.0]
+    assert [line["stock"]["median"] for line in result["rows"][:2]] == [1.0, 4.0]
     assert [line["floor"] for line in result["rows"]] == [0.5, 0.5, None, None]  # ms: 2 GB at 4 TB/s
-    assert bench.floor_text(result["rows"][0]).endswith("(50%, 62%)")
+    assert bench.floor_text(result["rows"][0], "floor").endswith("(50%, 62%)")
     options.batch_sizes = [3]
     with pytest.raises(bench.UsageError, match=r"No decode graph is captured for batch \[3\]"):
-        bench.run_step(session, options, model, unfinished("step"), bench.Screen(result))
+        bench.run_step(made_up, options, MODEL, unfinished("step"), bench.Screen(result))
+
+
+def test_each_batch_size_is_measured_while_exactly_so_many_requests_decode(made_up: bench.Session) -> None:
+    options = bench.parse(["--level", "step", "--batch-sizes", "1", "4", "--num-iterations", "5", "--input-len", "64", "300"])
+    result = unfinished("step")
+    bench.run_step(made_up, options, MODEL, result, bench.Screen(result))
+    filled = [(batch, context) for context in (64, 300) for batch in (1, 4)]
+    assert MadeUpWorker.fills == [(arm, *what) for what in filled for arm in bench.ARMS]  # once for all of its rounds
+    layers = bench.profile_layers(made_up, options, MODEL)
+    assert [layers[arm] for arm in bench.ARMS] == [[{"name": f"{arm} (1, 300)"}] for arm in bench.ARMS]
+
+
+def test_a_fresh_process_measures_every_batch_size_in_its_turn(made_up: bench.Session) -> None:
+    made_up.fresh = True
+    options = bench.parse(["--level", "step", "--batch-sizes", "1", "4", "--num-iterations", "5", "--num-warmup", "1", "--fresh"])
+    result = unfinished("step")
+    bench.run_step(made_up, options, MODEL, result, bench.Screen(result))
+    assert MadeUpWorker.starts == ["stock", "mirage"] * 5
+    assert MadeUpWorker.turns == [(arm, batch) for arm in bench.ARMS for batch in (1, 4, 1, 4)] * 5  # the warm-up round first
+    assert all(len(line["samples"][arm]) == 5 for line in result["rows"] for arm in bench.ARMS)
 
 
 @pytest.mark.parametrize(("contexts", "more"), [(["128"], 4), (["64", "256"], 4), (["256", "300"], 0)])
-def test_the_step_level_takes_several_contexts_and_adds_prefill_to_short_ones(contexts: list[str], more: int) -> None:
+def test_the_step_level_takes_several_contexts_and_adds_prefill_to_short_ones(
+    contexts: list[str], more: int, made_up: bench.Session
+) -> None:
     options = bench.parse(["--level", "step", "--batch-sizes", "1", "32", "--num-iterations", "5", "--input-len", *contexts])
-    session = bench.Session(Path("."), {}, True, fresh=False)
-    session.workers = {arm: cast(bench.Worker, MadeUpWorker(arm)) for arm in bench.ARMS}
     result = unfinished("step")
-    bench.run_step(session, options, bench.Model("made up", "/", True, False, 100, 4096, 1), result, bench.Screen(result))
+    bench.run_step(made_up, options, MODEL, result, bench.Screen(result))
     bench.finish(result)
     decode = [line for line in result["rows"] if line["floor"]]
     assert [line["batch"] for line in decode] == [1, 32] * len(contexts) and len({line["metric"] for line in decode}) == len(contexts)
@@ -448,6 +497,8 @@ def test_the_kernel_level_goes_on_after_a_crash_and_says_what_has_no_kernel(
     ratios = [line["speedup"] and line["speedup"]["ratio"] for line in result["rows"]]
     assert ratios == [1.25, None, None, 1.25] * len(bench.LAYER_OPS)
     assert result["rows"][0]["floor"] == 2.0  # µs: 8 MB at 4 TB/s
+    header, lines = bench.table(result)
+    assert [line[header.index("bare read (share reached)")] for line in lines[:4]] == ["3.200 (64%, 80%)", "-", "-", "3.200 (64%, 80%)"]
     assert "stock 1.0e-03, mirage 1.0e-03" in capsys.readouterr().out
 
 
@@ -469,6 +520,8 @@ def test_the_kernel_level_checks_both_sides_against_float64(monkeypatch: pytest.
     monkeypatch.setitem(sys.modules, "vllm.model_executor.layers.mirage_kernels", package)
     monkeypatch.setitem(layer.MODELS, "small", layer.LayerShape(64, 2, 1, 64))
     monkeypatch.setattr(layer, "stock_norm", layer.stock_norm._torchdynamo_orig_callable)  # type: ignore[attr-defined]  # not compiled
+    read: list[int] = []  # addresses
+    monkeypatch.setattr(layer, "bare_readers", lambda device: [lambda weight: read.append(weight.data_ptr())] * 3)
     monkeypatch.setattr(bench, "DEVICE", "cpu")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(L2_cache_size=1 << 16))
     monkeypatch.setattr(bench, "capture", lambda call: call)
@@ -480,8 +533,43 @@ def test_the_kernel_level_checks_both_sides_against_float64(monkeypatch: pytest.
     assert answer["bytes"] == 2 * (64 * 512 + 64 + 2 * (3 * 64 + 512))
     assert answer["copies"] == 4  # four times an L2 of 64 KiB
     assert answer["samples"] == {"stock": [8 / 96] * 5, "mirage": [8 / 96] * 5}  # 96 launches in a graph
-    assert answer["overlapping"] == 8 / 96
+    assert answer["overlapping"] == answer["bare_read"] == 8 / 96
+    assert len(set(read)) == 4 and read == read[:4] * (len(read) // 4)  # the copies in turn
     assert "kernels end at 16 tokens" in bench.Bench().kernel(batch=17, **case)["reason"]
+
+
+# --- the bare read
+
+
+BARE_READ = ROOT / "mirage_codegen" / "bare_read.cu"
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+@pytest.mark.parametrize("vectors", [1, 8, 500, 517])  # of 16 bytes
+def test_a_bare_read_reads_everything_once(vectors: int, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    from mirage_codegen import emulate
+    from mirage_codegen.lower import Kernel
+
+    kernel = Kernel("bare_read", BARE_READ.read_text(), ("begin", "end", "out", "num_tokens"))
+    emulated = emulate.EmulatedKernel(kernel, {"MIRAGE_BLOCKS": 3, "MIRAGE_THREADS": 32}, tmp_path)
+    memory, out = emulate.aligned(np.zeros((vectors + 1, 8), np.uint16)), emulate.aligned(np.zeros(2, np.uint16))
+    words, last = memory.view(np.uint32), memory.ctypes.data + 16 * vectors
+    for place in range(vectors + 1):  # a thread writes what it read if that is this number in all, so once
+        words[:], out[:] = 0, 0
+        words[place, place % 4] = 0x12345678
+        emulated({"begin": memory, "end": last, "out": out, "num_tokens": 1}, delayed=False, seed=0)
+        assert out.view(np.uint32) == [0x12345678 if place < vectors else 0]
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_120"])
+def test_a_bare_read_compiles_for(arch: str) -> None:
+    pytest.importorskip("cuda.bindings.nvrtc")
+    from mirage_codegen import layer
+
+    for blocks, threads in layer.BARE_READS:
+        build = layer.compiler.Build(str(BARE_READ), (("MIRAGE_BLOCKS", 132 * blocks), ("MIRAGE_THREADS", threads)), arch)
+        assert layer.compiler.compile_cubin(build)
 
 
 @pytest.mark.engine

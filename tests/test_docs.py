@@ -31,6 +31,17 @@ def test_the_guides_tables_are_the_measured_ones(made) -> None:
     assert "\n".join(made()) in read("BENCHMARK_GUIDE.md")
 
 
+def test_a_kernels_share_of_a_bare_read_is_said_where_it_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rows(*which: str, read=tables.rows) -> dict[int, dict]:
+        found = read(*which)
+        for batch, line in found.items():
+            line["bare_read"] = line["mirage"]["median"] / 2 if batch == 1 else None
+        return found
+
+    monkeypatch.setattr(tables, "rows", rows)
+    assert "| share of a bare read | 50% | – | – | – | – | – | – | – |" in tables.kernel_table()
+
+
 def test_what_the_readme_says_of_prefill_is_what_was_measured() -> None:
     said = []
     for model in tables.MODELS:
