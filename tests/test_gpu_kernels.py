@@ -213,11 +213,16 @@ def test_every_output_is_written_and_nothing_beyond(case, generator, monkeypatch
     for num_tokens in up_to_limit(kernel, (1, 2, 5, 8, 9)):
         x, r = draw("random", num_tokens, case.k, torch.bfloat16, generator)
         for residual in inputs.variants(r):
-            _, total = inputs.call(kernel, x, residual)
-            assert len(made) >= 1 + (total is not None)
+            outputs = [output.data_ptr() for output in inputs.call(kernel, x, residual) if output is not None]
+            assert len(made) >= len(outputs)
             for tensor in made:
-                assert not tensor[:num_tokens].isnan().any()
-                assert tensor[num_tokens:].isnan().all()
+                if tensor.data_ptr() in outputs:
+                    written = tensor
+                else:  # what a norm kernel leaves for its GEMM, in tiles of 8 tokens and 32 k
+                    tiles, beyond = tensor[:-3].view(-1, case.k // 32, 8, 32), tensor[-3:]
+                    written = torch.cat([tiles.transpose(1, 2).reshape(-1, case.k), beyond])
+                assert not written[:num_tokens].isnan().any()
+                assert written[num_tokens:].isnan().all()
             made.clear()
 
 
