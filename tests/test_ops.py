@@ -314,8 +314,8 @@ def test_without_a_kernel_the_reason_is_kept(ops, use, monkeypatch):
         prepare_attention(4, 2, **place, max_context=512)
     attention = {"heads": 4, "kv_heads": 2, **place}
     assert asked == [(("rms_norm_linear",), {"k": 64, "n": 128, **place}), ((), {**attention, "max_context": 512})]
-    for _ in range(2):  # an engine for longer contexts
-        prepare_attention(4, 2, **place, max_context=1024)
+    for longest in (1024, 1024, 512):  # an engine for longer contexts, and its draft model for shorter ones
+        prepare_attention(4, 2, **place, max_context=longest)
     assert asked[2:] == [((), {**attention, "max_context": 1024})]
     described = ops.mirage_report()["kernels"]
     assert [(entry["op"], entry["shape"], entry["kernel"]) for entry in described] == [

@@ -40,7 +40,7 @@ calls = {f"{op}.{body}": 0 for op in OPS for body in ("kernel", "torch")}
 # --------------------------------------------------------------------------------------------------------- kernels
 # One entry for each shape prepared in this process: the kernel, or the reason why there is none.
 kernels: dict[tuple, Any] = {}
-contexts: dict[tuple, int] = {}  # of an attention kernel's entry: the tokens that a request may reach
+contexts: dict[tuple, int] = {}  # of an attention kernel's entry: the tokens that a request of any engine here may reach
 
 
 def prepare_gemm(op: str, k: int, n: int, dtype: torch.dtype, device: torch.device) -> Any:
@@ -55,10 +55,10 @@ def prepare_attention(heads: int, kv_heads: int, dtype: torch.dtype, device: tor
     """The same for decode attention over requests of up to `max_context` tokens."""
     shape = {"heads": heads, "kv_heads": kv_heads, "dtype": dtype, "device": device}
     key = ("decode_attention", *shape.values())
-    if contexts.setdefault(key, max_context) != max_context:  # an engine after another one in this process
+    if contexts.get(key, -1) < max_context:  # a draft model, prepared later, may allow shorter contexts than its target
         contexts[key] = max_context
         kernels.pop(key, None)
-    return _prepared(key, lambda module: module.prepare_attention(**shape, max_context=max_context))
+    return _prepared(key, lambda module: module.prepare_attention(**shape, max_context=contexts[key]))
 
 
 def _prepared(key: tuple, prepare: Any) -> Any:
