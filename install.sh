@@ -121,6 +121,7 @@ parse_options() {
   done
   [[ -z $SOURCE_DIR || -z $VLLM_DIR ]] || misuse "--from-source and --vllm-dir exclude each other"
   [[ $JSON == no || $ACTION == status ]] || misuse "--json goes with --status"
+  [[ -z $MIRAGE_DIR || -f $MIRAGE_DIR/setup.py ]] || misuse "--mirage-dir needs a Mirage checkout and $MIRAGE_DIR has no setup.py"
 }
 
 absolute() { # absolute PATH: the same path from the root; it need not exist

@@ -161,7 +161,7 @@ PY
 # ---------------------------------------------------------------- refusals
 
 @test "unknown options and missing values: one sentence, exit status 2" {
-  for arguments in --nope "--vllm-dir" "--vllm-dir --cpu" "--json" "--from-source x --vllm-dir y" extra; do
+  for arguments in --nope "--vllm-dir" "--vllm-dir --cpu" "--json" "--from-source x --vllm-dir y" "--mirage-dir /nowhere" extra; do
     # shellcheck disable=SC2086  # several arguments
     installer $arguments
     fails 2
@@ -688,6 +688,7 @@ mirage_script() {
   installer --mirage
   succeeds
   [[ "$(<"$CHECKOUT/mirage_codegen/called")" == "$ENVIRONMENT/bin/python|" ]]
+  mkdir -p "$BASE/my mirage" && touch "$BASE/my mirage/setup.py"
   installer --mirage-dir "$BASE/my mirage"
   [[ "$(<"$CHECKOUT/mirage_codegen/called")" == "$ENVIRONMENT/bin/python|--mirage-dir|$BASE/my mirage|" ]]
   rm "$CHECKOUT/mirage_codegen/called"

@@ -218,8 +218,8 @@ def test_every_output_is_written_and_nothing_beyond(case, generator, monkeypatch
             for tensor in made:
                 if tensor.data_ptr() in outputs:
                     written = tensor
-                else:  # what a norm kernel leaves for its GEMM, in tiles of 8 tokens and 32 k
-                    tiles, beyond = tensor[:-3].view(-1, case.k // 32, 8, 32), tensor[-3:]
+                else:  # what a norm kernel leaves for its GEMM, in tiles
+                    tiles, beyond = tensor[:-3].view(-1, case.k // plans.STEP, plans.COLUMNS, plans.STEP), tensor[-3:]
                     written = torch.cat([tiles.transpose(1, 2).reshape(-1, case.k), beyond])
                 assert not written[:num_tokens].isnan().any()
                 assert written[num_tokens:].isnan().all()

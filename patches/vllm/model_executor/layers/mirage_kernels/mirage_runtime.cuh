@@ -236,7 +236,7 @@ struct Position {
 MIRAGE_DEVICE unsigned char const *element(void const *tensor, uint64_t index) { return static_cast<unsigned char const *>(tensor) + index * 2; }
 MIRAGE_DEVICE unsigned char *element(void *tensor, uint64_t index) { return static_cast<unsigned char *>(tensor) + index * 2; }
 // Where a norm kernel leaves [num_tokens, K] for its GEMM: in tiles of 8 tokens x 32 k, one behind the other along K. A warp loads such a
-// tile as 4 whole lines; from rows it would take 8 halves of lines, which cost 0.3 to 1.1 us at 16 tokens (H200; docs/perf-log.md).
+// tile as 4 whole lines; from rows it would take 8 halves of lines, which cost up to 1.5 us at 16 tokens (H200; docs/perf-log.md).
 MIRAGE_DEVICE uint64_t tiled_index(int token, int k, int row_length) {
   return (static_cast<uint64_t>(token / kColumns) * row_length + k / kStep * kStep) * kColumns + token % kColumns * kStep + k % kStep;
 }
@@ -250,6 +250,7 @@ struct Fragments {
 template <class S>
 MIRAGE_DEVICE Vec load_input(Position<S> const &at, void const *tensor, int num_tokens, int tile, int step) {  // rows from num_tokens on read as 0
   const int token = tile * kColumns + at.lane / 4, k = at.k(step);
+  // tiled_index(token, k, K), as the lanes know it: the call takes up to a fifth more instructions (sm_90)
   const uint64_t in_tile = (static_cast<uint64_t>(tile) * S::K + k - at.lane % 4 * kVector) * kColumns + at.lane * kVector;
   Vec v = {};
   if (token < num_tokens) v = load_global(element(tensor, S::TILED ? in_tile : static_cast<uint64_t>(token) * S::K + k));
