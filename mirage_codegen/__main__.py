@@ -68,6 +68,8 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--models", nargs="*", metavar="NAME", help=models)
     candidates = "plans tried for each op, schedule and token limit (default: 16)"
     command.add_argument("--candidates", type=_positive, default=16, metavar="N", help=candidates)
+    measures = "in a step whose ops are all kernels, each op alone, or both (default)"
+    command.add_argument("--measures", nargs="+", choices=("step", "alone"), default=("step", "alone"), metavar="HOW", help=measures)
     output = "the plan table to update (default: this user's, which wins over the shipped one)"
     command.add_argument("--output", metavar="FILE", help=output)
     command.set_defaults(function=tune)

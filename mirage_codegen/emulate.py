@@ -30,12 +30,17 @@ extern "C" int emulate(Arguments const *given, int blocks, int delayed, int seed
   mirage::emulator::delayed = delayed;
   mirage::emulator::random_source.seed(seed);
   const int *shape = mirage_launch_shape;
-  if (shape[3] > mirage::emulator::kShared) return 2;
-  for (int block = 0; block < blocks; block += shape[2])
-    if (mirage::emulator::run_cluster(block, shape[2], shape[1], body)) return 1;
+  if (shape[4] > mirage::emulator::kShared) return 2;
+  for (int block = 0; block < blocks; block += shape[3])
+    if (mirage::emulator::run_cluster(block, shape[3], shape[2], body)) return 1;
   return 0;
 }}
-extern "C" int blocks() {{ return mirage_launch_shape[0]; }}
+extern "C" unsigned long long prefetched(unsigned long long *out) {{  // addresses and bytes in turn; without `out` their number
+  auto const &list = mirage::emulator::prefetched;
+  for (size_t i = 0; out && i < list.size(); ++i) out[2 * i] = reinterpret_cast<uintptr_t>(list[i].first), out[2 * i + 1] = list[i].second;
+  return list.size();
+}}
+extern "C" int const *launch_shape() {{ return mirage_launch_shape; }}
 """
 
 
@@ -65,6 +70,8 @@ class EmulatedKernel:
                 first = next(iter(done.stderr.splitlines()), f"exit code {done.returncode}")
                 raise EmulationError(f"g++ refused {kernel.name}: {first}")
         self._library = ctypes.CDLL(str(library))
+        self._library.launch_shape.restype = ctypes.POINTER(ctypes.c_int * 5)
+        self._launch_shape = tuple(self._library.launch_shape().contents)
         self._struct = struct_of(kernel.arguments)
 
     def __call__(self, values: Mapping[str, npt.NDArray[np.uint16] | int | float], *, delayed: bool, seed: int) -> None:
@@ -73,10 +80,17 @@ class EmulatedKernel:
             assert not isinstance(value, np.ndarray) or (value.flags.c_contiguous and value.ctypes.data % 16 == 0)
         ordered = [values[name] for name in self.kernel.arguments]
         given = [value.ctypes.data if isinstance(value, np.ndarray) else value for value in ordered]
-        blocks = blocks_of(self._library.blocks(), int(values["num_tokens"]))
+        blocks = blocks_of(self._launch_shape, int(values["num_tokens"]))
         status = self._library.emulate(ctypes.byref(self._struct(*given)), blocks, int(delayed), seed)
         if status:
             raise EmulationError(f"{self.kernel.name} {'deadlocks' if status == 1 else 'needs more shared memory than a block has'}.")
+
+    def prefetched(self) -> list[tuple[int, int]]:
+        """(address, bytes) of each request of all calls so far to have memory in L2."""
+        self._library.prefetched.restype = ctypes.c_uint64
+        pairs = np.empty((self._library.prefetched(None), 2), np.uint64)
+        self._library.prefetched(ctypes.c_void_p(pairs.ctypes.data))
+        return [(int(address), int(length)) for address, length in pairs]
 
 
 def to_bf16(values: npt.ArrayLike) -> npt.NDArray[np.uint16]:

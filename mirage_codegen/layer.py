@@ -56,16 +56,19 @@ class LayerShape:
             "down_proj": ("linear", self.intermediate, self.hidden),
         }[op]
 
-    def prepare(self, op: str, device: torch.device, package: Any = mirage_kernels, *, adds_residual: bool = False, **how: Any) -> Any:
+    def prepare(
+        self, op: str, device: torch.device, package: Any = mirage_kernels, *, adds_residual: bool = False, alone: bool = False, **how: Any
+    ) -> Any:
         """The bf16 kernel of an op, or a sentence why there is none.
 
-        package: mirage_kernels, wherever it was imported from.  adds_residual: the kernel of a projection that does.
+        package: mirage_kernels, wherever it was imported from.  adds_residual: the kernel of a projection that does.  alone: with the
+        plans for an op behind one of the stock path; attention's are the same.
         """
         if op == "attention":
             return package.prepare_attention(heads=self.heads, kv_heads=self.kv_heads, dtype=torch.bfloat16, device=device, **how)
         kind, k, n = self.gemm(op)
         kind = "linear_residual" if adds_residual else kind
-        return package.prepare(kind, k=k, n=n, dtype=torch.bfloat16, device=device, **how)
+        return package.prepare(kind, k=k, n=n, dtype=torch.bfloat16, device=device, alone=alone, **how)
 
     def weight_bytes(self) -> int:
         """Bytes of the layer's four weights in a 16-bit dtype."""

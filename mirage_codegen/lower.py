@@ -6,7 +6,8 @@ Two forms of kernel come out, both over the device runtime `mirage_runtime.cuh`:
     GEMM   prologue → skinny GEMM → epilogue. The prologue is everything elementwise between the graph's inputs and the left operand
            of its matmuls, at the kernel level (S = X + R) or in the loop (s·γ); the epilogue is everything after the loop.
     row    no matmul: each block holds whole rows of its inputs (the grid splits the tokens). A GEMM kernel reads what comes out, so it
-           lies in that kernel's tiles (`tiled_index` of the runtime).
+           lies in that kernel's tiles (`tiled_index` of the runtime), and further blocks may ask that kernel's weights into L2
+           (`warm_next_weights`): their address is an argument that no operator reads.
 
 The body depends on the operators alone. Every length (K, N, grid, for-loop range, …) is a macro that the plan binds when the kernel is
 compiled, so one source serves all shapes; `defines()` says what a graph's own dims, tile maps and loop bind them to.
@@ -43,6 +44,9 @@ FORMULAS = {
 }
 
 
+NEXT_WEIGHTS = "next_weights"  # of the kernel behind a row kernel
+
+
 class LoweringError(ValueError):
     """A μGraph that no form of kernel can run; the message is one sentence with the operator at fault."""
 
@@ -51,8 +55,8 @@ class LoweringError(ValueError):
 class Kernel:
     """A lowered op: CUDA text, its entry, and the names of its arguments in the order of its parameter struct.
 
-    Arguments are the graph's inputs and outputs under their names there, then `num_tokens` (int) and, where the graph needs one, the
-    runtime arguments of its annotations (`eps`, float).
+    Arguments are the graph's inputs and outputs under their names there, a row kernel's NEXT_WEIGHTS, then `num_tokens` (int) and, where
+    the graph needs one, the runtime arguments of its annotations (`eps`, float).
     """
 
     name: str
@@ -80,7 +84,8 @@ def lower(graph: MuGraph) -> Kernel:
     """The CUDA kernel of a μGraph. LoweringError where it is neither of the two forms."""
     graph.validate()
     form: _Gemm | _Row = _Gemm(graph) if graph.block_graph.of_kind("matmul") else _Row(graph)
-    arguments = (*(t.name for t in graph.outputs), *graph.arguments, "num_tokens", *sorted({e.argument for e in graph.annotations.eps}))
+    tensors = (*(t.name for t in graph.outputs), *graph.arguments, *((NEXT_WEIGHTS,) if isinstance(form, _Row) else ()))
+    arguments = (*tensors, "num_tokens", *sorted({e.argument for e in graph.annotations.eps}))
     struct = [_field(graph, name) for name in arguments]
     lines = [
         "// SPDX-License-Identifier: Apache-2.0",
@@ -140,10 +145,10 @@ def _check_gemm_maps(graph: MuGraph) -> None:
         raise LoweringError(f"The grid of {graph.name} is {block.grid_dim}, expected its columns along x alone.")
 
 
-def _launch_shape(blocks: str, cluster: str) -> Iterator[str]:
+def _launch_shape(blocks: str, blocks_of_token: int, cluster: str) -> Iterator[str]:
     """The numbers of a launch, readable from the cubin: the loader needs no second copy of them."""
-    yield 'extern "C" __device__ const int mirage_launch_shape[4] = {'
-    yield f"    {blocks}, Plan::THREADS, {cluster}, Plan::SHARED_BYTES}};"
+    yield 'extern "C" __device__ const int mirage_launch_shape[5] = {'
+    yield f"    {blocks}, {blocks_of_token}, Plan::THREADS, {cluster}, Plan::SHARED_BYTES}};"
 
 
 @dataclass
@@ -275,7 +280,7 @@ class _Gemm:
         yield "using Plan = mirage::Schedule<MIRAGE_K, MIRAGE_N, MIRAGE_TOKENS, MIRAGE_GRID, MIRAGE_FORLOOP, MIRAGE_CLUSTER, MIRAGE_WARPS,"
         yield f"                              MIRAGE_STAGES, MIRAGE_EARLY, MIRAGE_PREFETCH, MIRAGE_TILED, {counts}>;"
         yield ""
-        yield from _launch_shape("Plan::GRID * Plan::CLUSTER", "Plan::CLUSTER")
+        yield from _launch_shape("Plan::GRID * Plan::CLUSTER", 0, "Plan::CLUSTER")
         yield ""
         yield f'extern "C" __global__ void __launch_bounds__(Plan::THREADS, MIRAGE_OCCUPANCY) {name}(Arguments args) {{'
         yield "  using namespace mirage;"
@@ -391,14 +396,15 @@ class _Row:
 
     def lines(self) -> Iterator[str]:
         p = self.prologue
-        yield "using Plan = mirage::RowSchedule<MIRAGE_K, MIRAGE_THREADS>;"
+        yield "using Plan = mirage::RowSchedule<MIRAGE_K, MIRAGE_THREADS, MIRAGE_NEXT_ROWS, MIRAGE_WARM>;"
         yield ""
-        yield from _launch_shape("-1 /* a block for each token */", "1")
+        yield from _launch_shape("Plan::WARM_BLOCKS", 1, "1")
         yield ""
         yield f'extern "C" __global__ void __launch_bounds__(Plan::THREADS) {self.graph.name}(Arguments args) {{'
         yield "  using namespace mirage;"
         yield "  MIRAGE_SHARED(shared);"
         yield "  release_next_kernel();"
+        yield f"  if (warm_next_weights<Plan>(args.{NEXT_WEIGHTS}, args.num_tokens)) return;  // a block behind those of the tokens"
         yield "  wait_for_previous_kernel();"
         yield "  const uint64_t row = static_cast<uint64_t>(blockIdx.x) * Plan::K;"
         kept = self._kept()

@@ -59,6 +59,7 @@ static Fiber *self;
 static ucontext_t scheduler;
 static std::mt19937 random_source(1);
 static bool delayed;
+static std::vector<std::pair<void const *, uint64_t>> prefetched;  // address and bytes of each request
 static int threads_per_block, first_block;
 static void (*kernel_body)();
 
@@ -273,7 +274,7 @@ static inline void store_cluster(void *address, int rank, float v) {
   unsigned char *remote = emulator::shared_of(rank) + (static_cast<unsigned char *>(address) - emulator::shared_memory());
   emulator::store(remote, &v, sizeof v);
 }
-static inline void prefetch_l2(void const *, uint32_t) {}
+static inline void prefetch_l2(void const *address, uint32_t bytes) { emulator::prefetched.push_back({address, bytes}); }
 static inline void wait_for_previous_kernel() {}
 static inline void release_next_kernel() {}
 }  // namespace mirage

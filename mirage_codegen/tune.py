@@ -3,7 +3,8 @@
 
 For each model and token limit the ops of a layer are tuned in turn, the others held: every candidate plan is checked against float64 and
 the whole step is timed with it; the fastest stays. An op whose best kernel does not make the step faster takes the stock path from that
-limit on, so a kernel is in the table only where it was faster than stock in place.
+limit on, so a kernel is in the table only where it was faster than stock in place. Each op is also measured by itself, for engines that
+leave the op before it to the stock path.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,6 +38,7 @@ WORTH = 1.005  # a kernel must make the step this much faster to enter the table
 TIE = 1.003  # plans whose steps differ by less are equal in the step: the one that is fastest by itself stays
 LOSS = 0.99  # the other form of a residual may lose this much at one limit, if it gains over all limits
 AGAIN = 6  # candidates of an op that are measured again once the other ops have changed
+WARMTHS = (256, 512, 1024)  # bytes of each weight row that a norm kernel may ask into L2; 2048 took the norm's time (H200)
 
 
 def known_shapes() -> dict[str, LayerShape]:
@@ -107,6 +109,31 @@ class Check:
         return None if error <= 1.1 * allowed else f"it errs {error:.2e}, stock {allowed:.2e}"
 
 
+class Alone:
+    """One op of a layer shape by itself: weights from memory, no overlap with its own next call."""
+
+    def __init__(self, shape: LayerShape, op: str, limit: int, gpu: Gpu):
+        self.shape, self.op, self.gpu = shape, op, gpu
+        l2 = torch.cuda.get_device_properties(gpu.device).L2_cache_size
+        self.step = Step(shape, limit, CONTEXT, gpu.device, max(2, math.ceil(4 * l2 / op_bytes(shape, op, 0, 0))), (op,))
+        self.check = Check(self.step)
+
+    def prepare(self, plan: plans.Plan) -> Any:
+        """The kernel, or a sentence why it cannot run."""
+        return self.shape.prepare(self.op, self.gpu.device, plans=[plan], overlap=False)
+
+    def time_us(self, kernel: Any, replays: int = 5) -> float:
+        """Median µs of a call; None is the stock path."""
+        copies = self.step.copies
+        return graph_time_us(lambda i: self.step.run(self.op, kernel, i % copies), copies * math.ceil(48 / copies), replays)
+
+    def fastest(self, candidates: Iterable[plans.Plan], replays: int) -> list[tuple[float, plans.Plan]]:
+        """Those that are right, by rising time."""
+        kernels = [(plan, self.prepare(plan)) for plan in dict.fromkeys(candidates)]
+        right = [(plan, kernel) for plan, kernel in kernels if not isinstance(kernel, str) and not self.check.wrong(self.op, kernel)]
+        return sorted(((self.time_us(kernel, replays), plan) for plan, kernel in right), key=lambda entry: entry[0])
+
+
 class Tuner:
     """One layer shape at one token limit."""
 
@@ -118,7 +145,7 @@ class Tuner:
         self.known = known  # plans of the limit below: good candidates here
         self.ranked: dict[str, list[tuple[float, Any]]] = {}
         self.check = Check(self.step)
-        self.alone: dict[str, Step] = {}  # by op: a step of that op only
+        self.alone: dict[str, Alone] = {}
         self.stock = self.step.time_us(self.kernels)
         self.best = self.stock
 
@@ -128,7 +155,7 @@ class Tuner:
         kind, k, n = self.shape.gemm(op)
         found = gemm_candidates(kind, k, n, self.limit, self.count, self.gpu)
         for plan in (self.known.get(op), *self.in_table(op)):
-            if plan is not None and plans.round_up(plan.max_num_tokens, 8) == plans.round_up(self.limit, 8):
+            if plan is not None and _same_tile(plan, self.limit):
                 found.append(replace(plan, max_num_tokens=self.limit))
         return list(dict.fromkeys(found))
 
@@ -158,12 +185,10 @@ class Tuner:
             self.best, self.plan[op], self.kernels[op] = baseline, None, None
 
     def alone_us(self, op: str, plan: Any) -> float:
-        """The op's time by itself, weights from memory, without overlap with its own next call."""
+        """The op's time by itself."""
         if op not in self.alone:
-            copies = math.ceil(self.step.copies * self.shape.weight_bytes() / op_bytes(self.shape, op, 0, 0))
-            self.alone[op] = Step(self.shape, self.limit, CONTEXT, self.gpu.device, copies, (op,))
-        step, kernel = self.alone[op], self.shape.prepare(op, self.gpu.device, plans=[plan], overlap=False)
-        return graph_time_us(lambda i: step.run(op, kernel, i % step.copies), step.copies * math.ceil(48 / step.copies))
+            self.alone[op] = Alone(self.shape, op, self.limit, self.gpu)
+        return self.alone[op].time_us(self.alone[op].prepare(plan))
 
     def run(self) -> None:
         """Two rounds over the ops, the second over each op's best candidates; then what the table holds, as a whole."""
@@ -196,7 +221,9 @@ def compile_all(shapes: list[LayerShape], gpu: Gpu, count: int) -> None:
         for limit, op in itertools.product(LIMITS, GEMMS):
             kind, k, n = shape.gemm(op)
             for plan in gemm_candidates(kind, k, n, limit, count, gpu):
-                for name, macros in itertools.chain(*plans.kernels_of(kind, plan, k, n)):
+                warmths = (0, *WARMTHS) if can_warm(kind, plan, gpu) else (0,)
+                forms = (plans.kernels_of(kind, replace(plan, warm=warm), k, n) for warm in warmths)
+                for name, macros in itertools.chain.from_iterable(itertools.chain.from_iterable(forms)):
                     wanted.add((name, tuple(sorted(macros.items()))))
         for limit in ATTENTION_LIMITS:
             for plan in attention_candidates(shape, limit, gpu):
@@ -276,6 +303,40 @@ def tune_shape(shape: LayerShape, gpu: Gpu, count: int) -> tuple[dict[str, list]
     return found, lines + more
 
 
+def tune_alone(shape: LayerShape, op: str, gpu: Gpu, count: int) -> tuple[list[plans.Plan], list[str]]:
+    """Plans of an op by itself by rising limit, as long as they are faster than stock, and a line of report for each limit."""
+    found: list[plans.Plan] = []
+    lines: list[str] = []
+    kind, k, n = shape.gemm(op)
+    for limit in LIMITS:
+        alone = Alone(shape, op, limit, gpu)
+        before = alone.time_us(None, 15)
+        tables = [plans.plans_for(kind, k, n, gpu.arch, behind_stock) for behind_stock in (False, True)]
+        in_tables = [plan for table in tables if isinstance(table, list) for plan in table]
+        known = [replace(plan, max_num_tokens=limit) for plan in in_tables if _same_tile(plan, limit)]
+        cold = [plan for _, plan in alone.fastest([*gemm_candidates(kind, k, n, limit, count, gpu), *known], 3)[:8]]
+        warm = [replace(plan, warm=warm) for plan in cold if can_warm(kind, plan, gpu) for warm in WARMTHS]
+        again = [plan for _, plan in alone.fastest([*cold, *warm], 7)[:6]]
+        best = next(iter(alone.fastest(again, 25)), None)
+        stock = statistics.median((before, alone.time_us(None, 15)))
+        ours = f"{best[0]:6.2f} {_short(best[1])}" if best else "no kernel"
+        lines.append(f"  {op:12} alone {limit:3} tokens: {stock:6.2f} µs by the stock path, {ours}")
+        if best is None or stock / best[0] < WORTH:
+            break
+        found.append(best[1])
+    return found, lines
+
+
+def _same_tile(plan: plans.Plan, limit: int) -> bool:
+    """Whether a plan's kernel takes `limit` tokens in the tiles that it has."""
+    return plans.round_up(plan.max_num_tokens, 8) == plans.round_up(limit, 8)
+
+
+def can_warm(kind: str, plan: plans.Plan, gpu: Gpu) -> bool:
+    """Whether a plan has a norm kernel, and the architecture an instruction to warm the next kernel's weights with."""
+    return plan.schedule == "split" and kind.startswith("rms_norm") and not plan.warm and plans.largest_cluster(gpu.arch) > 1
+
+
 def projections_add(shape: LayerShape, gpu: Gpu, found: dict[str, list]) -> tuple[bool, list[str]]:
     """Whether o_proj and down_proj should add the residual themselves, with the plans that were found, and lines of report.
 
@@ -311,8 +372,24 @@ def _short(plan: Any) -> str:
         return "stock path"
     return (
         f"{plan.schedule} grid {plan.grid}×{plan.cluster} loop {plan.forloop_range} warps {plan.warps} stages {plan.stages} "
-        f"early {plan.early} prefetch {plan.prefetch} ({plan.blocks_per_sm} a multiprocessor)"
+        f"early {plan.early} prefetch {plan.prefetch} warm {plan.warm} ({plan.blocks_per_sm} a multiprocessor)"
     )
+
+
+def _tune_in_the_step(name: str, shape: LayerShape, gpu: Gpu, count: int, entries: dict[str, dict]) -> list[str]:
+    """Puts the plans of a layer whose ops are all kernels into the table's entries; lines of report."""
+    found, lines = tune_shape(shape, gpu, count)
+    for op in GEMMS:
+        kind, k, n = shape.gemm(op)
+        entries.setdefault(kind, {})[f"{k}x{n}"] = plans.to_table(found[op])
+    if "/" not in name:  # behind a shard's projections comes an all-reduce
+        adds, more = projections_add(shape, gpu, found)
+        lines += more
+        for _, k, n in map(shape.gemm, PROJECTIONS):
+            of_linear = entries["linear"][f"{k}x{n}"]
+            entries.setdefault("linear_residual", {})[f"{k}x{n}"] = of_linear if adds else []
+    entries.setdefault("decode_attention", {})[f"{shape.heads}x{shape.kv_heads}"] = plans.to_table(found["attention"])
+    return lines
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -328,17 +405,13 @@ def run(arguments: argparse.Namespace) -> int:
     for name, shape in shapes.items():
         started = time.perf_counter()
         torch._dynamo.reset()  # the stock path is compiled for this shape's lengths, not for any
-        found, lines = tune_shape(shape, gpu, arguments.candidates)
-        for op in GEMMS:
-            kind, k, n = shape.gemm(op)
-            entries.setdefault(kind, {})[f"{k}x{n}"] = plans.to_table(found[op])
-        if "/" not in name:  # behind a shard's projections comes an all-reduce
-            adds, more = projections_add(shape, gpu, found)
+        lines = []
+        if "step" in arguments.measures:
+            lines += _tune_in_the_step(name, shape, gpu, arguments.candidates, entries)
+        for op in GEMMS if "alone" in arguments.measures else ():
+            (kind, k, n), (found, more) = shape.gemm(op), tune_alone(shape, op, gpu, arguments.candidates)
+            entries.setdefault("alone", {}).setdefault(kind, {})[f"{k}x{n}"] = plans.to_table(found)
             lines += more
-            for _, k, n in map(shape.gemm, PROJECTIONS):
-                of_linear = entries["linear"][f"{k}x{n}"]
-                entries.setdefault("linear_residual", {})[f"{k}x{n}"] = of_linear if adds else []
-        entries.setdefault("decode_attention", {})[f"{shape.heads}x{shape.kv_heads}"] = plans.to_table(found["attention"])
         print("\n".join([f"{name} ({time.perf_counter() - started:.0f} s)", *lines]), flush=True)
         entries["measured"] = f"{torch.cuda.get_device_name(gpu.device)}, torch {torch.__version__}, {datetime.date.today()}"
         output.parent.mkdir(parents=True, exist_ok=True, mode=0o700)

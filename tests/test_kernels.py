@@ -109,9 +109,14 @@ def from_tiles(tiles, num_tokens):
     return rows[:num_tokens]
 
 
-def run_row(kernel, graph, arguments, num_tokens):
+def row_macros(k, next_rows=0, warm=0):
+    return plans.row_defines(k, next_rows, warm) | {"MIRAGE_THREADS": 64}
+
+
+def run_row(kernel, graph, arguments, num_tokens, next_weights=None):
     """The same of a norm kernel, whose O is in tiles."""
     k = graph.outputs[0].dims[1]
+    arguments = {**arguments, "next_weights": emulate.poisoned((1, k)) if next_weights is None else next_weights}
     outputs = {tensor.name: emulate.poisoned((plans.round_up(num_tokens, plans.COLUMNS), k)) for tensor in graph.outputs}
     kernel({**arguments, **outputs, "num_tokens": num_tokens, "eps": EPS}, delayed=True, seed=1)
     if "S" in outputs:
@@ -160,10 +165,25 @@ def test_kernel_equals_its_graph(folder, op, k, n, num_tokens, chosen, delayed):
 @pytest.mark.parametrize("k", [256, 768])  # 768: a row that is no multiple of the threads' vectors
 def test_row_kernel_equals_its_graph(folder, op, k):
     graph = ops.load_for(op, ops.Shape(8, k, k, 8, 1))
-    macros = {"MIRAGE_K": k, "MIRAGE_THREADS": 64}
-    kernel = emulate.EmulatedKernel(lower.lower(graph), macros, folder)
     arguments = draw(graph, 5)
-    assert worst_error(run_row(kernel, graph, arguments, 5), expected(graph, arguments, 5)) < BF16
+    results = []
+    for macros in (row_macros(k), row_macros(k, next_rows=150, warm=32)):
+        kernel = emulate.EmulatedKernel(lower.lower(graph), macros, folder)
+        results.append(run_row(kernel, graph, arguments, 5))
+        assert worst_error(results[-1], expected(graph, arguments, 5)) < BF16
+    assert all((results[0][name] == results[1][name]).all() for name in results[0])
+
+
+@needs_gxx
+@pytest.mark.parametrize("warm", [0, 16, 512])
+def test_a_row_kernel_warms_the_start_of_every_row_of_the_next_weights_once(folder, warm):
+    k, next_rows = 256, 150  # more rows than blocks, fewer than threads
+    graph = ops.load_for("rms_norm", ops.Shape(8, k, k, 8, 1))
+    kernel = emulate.EmulatedKernel(lower.lower(graph), row_macros(k, next_rows, warm), folder)
+    weights = emulate.poisoned((next_rows, k))
+    run_row(kernel, graph, draw(graph, 3), 3, next_weights=weights)
+    rows = range(next_rows) if warm else ()
+    assert sorted(kernel.prefetched()) == [(weights.ctypes.data + row * k * 2, warm) for row in rows]
 
 
 @needs_gxx
@@ -208,13 +228,13 @@ def test_nan_of_the_residual_stays_in_its_place(folder):
 def test_float16_runs_through_the_split_schedule(folder, dtype):
     k, n, chosen = 512, 64, plan()
     norm_graph, graph = ops.load_for("rms_norm", ops.Shape(8, k, k, 8, 1)), graph_for("linear", k, n, chosen)
-    norm = emulate.EmulatedKernel(lower.lower(norm_graph), {"MIRAGE_K": k, "MIRAGE_THREADS": 64, "MIRAGE_FP16": 1}, folder)
+    norm = emulate.EmulatedKernel(lower.lower(norm_graph), {**row_macros(k), "MIRAGE_FP16": 1}, folder)
     gemm = emulate.EmulatedKernel(lower.lower(graph), {**chosen.defines(k, n), "MIRAGE_FP16": 1, "MIRAGE_TILED": 1}, folder)
     random = np.random.default_rng(3)
     x, r = (emulate.to_fp16(1e3 * random.standard_normal((3, k))) for _ in range(2))  # products of these leave fp16's range
     g, w = emulate.to_fp16(1 + 0.2 * random.standard_normal((1, k))), emulate.to_fp16(0.05 * random.standard_normal((n, k)))
     normed, stream, out = emulate.poisoned((8, k)), emulate.poisoned((3, k)), emulate.poisoned((3, n))
-    norm({"X": x, "R": r, "G": g, "O": normed, "S": stream, "num_tokens": 3, "eps": EPS}, delayed=True, seed=1)
+    norm({"X": x, "R": r, "G": g, "O": normed, "S": stream, "next_weights": w, "num_tokens": 3, "eps": EPS}, delayed=True, seed=1)
     gemm({"X": normed, "W": w, "O": out, "num_tokens": 3}, delayed=True, seed=1)
     total = emulate.from_fp16(x) + emulate.from_fp16(r)
     reference = total / np.sqrt((total**2).mean(1, keepdims=True) + EPS) * emulate.from_fp16(g) @ emulate.from_fp16(w).T
@@ -251,7 +271,7 @@ def test_a_barrier_removed_from_the_gemm_is_caught(folder, op, statement, cluste
 def test_a_barrier_removed_from_the_row_kernel_is_caught(folder):
     graph = ops.load_for("rms_norm", ops.Shape(8, 256, 256, 8, 1))
     broken = _without(emulate.RUNTIME.read_text(), "  block_barrier();\n  sum = 0.0f;", 0)
-    kernel = emulate.EmulatedKernel(lower.lower(graph), {"MIRAGE_K": 256, "MIRAGE_THREADS": 64}, folder, runtime=broken)
+    kernel = emulate.EmulatedKernel(lower.lower(graph), row_macros(256), folder, runtime=broken)
     arguments = draw(graph, 4)
     assert not worst_error(run_row(kernel, graph, arguments, 4), expected(graph, arguments, 4)) < BF16
 
@@ -389,7 +409,8 @@ def test_every_source_compiles_for(arch):
         pytest.fail(f"{nvrtc()}; the tests compile every kernel: pip install -r tests/requirements.txt")
     cluster = 1 if arch in ("sm_80", "sm_86", "sm_89") else 2
     gemm, attention = plan(grid=128, forloop=8, cluster=cluster, warps=8), plans.AttentionPlan(8, cluster, 4)
-    special = dict.fromkeys(("rms_norm", "rms_norm_first"), plans.row_defines(4096)) | {"decode_attention": attention.defines(32, 8)}
+    rows = plans.row_defines(4096, 6144, 512)
+    special = dict.fromkeys(("rms_norm", "rms_norm_first"), rows) | {"decode_attention": attention.defines(32, 8)}
     for name in (*generate.SHIPPED, *generate.HANDWRITTEN):
         macros = special.get(name, gemm.defines(4096, 6144))
         for element in ({}, {"MIRAGE_FP16": 1}):
@@ -433,6 +454,7 @@ def test_a_norm_gemm_passes_its_tensors_in_the_order_of_the_kernels_arguments(op
         assert calls[0]["R"] == r.data_ptr() and calls[0]["S"] == residual_out.data_ptr()
     if schedule == "split":
         assert calls[1]["X"] == calls[0]["O"] != out.data_ptr()
+        assert calls[0]["next_weights"] == w.data_ptr()
 
 
 def test_a_linear_passes_its_tensors_in_the_order_of_the_kernels_arguments(calls, recorder):

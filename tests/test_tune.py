@@ -63,7 +63,7 @@ def tuned(monkeypatch, tmp_path, capsys):
     prepare = lambda self, op, device, plans, adds_residual=False: made_up_kernel(op, plans[-1])  # noqa: E731
     monkeypatch.setattr(layer.LayerShape, "prepare", prepare)
     output = tmp_path / "plans.json"
-    assert tune.run(argparse.Namespace(models=["small"], candidates=64, output=str(output))) == 0
+    assert tune.run(argparse.Namespace(models=["small"], candidates=64, measures=["step"], output=str(output))) == 0
     return json.loads(output.read_text())["sm_90"], capsys.readouterr().out
 
 
@@ -192,7 +192,7 @@ def test_the_table_takes_the_projections_plans(monkeypatch, tmp_path):
     monkeypatch.setattr(tune, "tune_shape", lambda *_: (chosen(1, 8), []))
     monkeypatch.setattr(tune, "projections_add", lambda *_: (True, []))
     output = tmp_path / "plans.json"
-    assert tune.run(argparse.Namespace(models=["small", "small/2"], candidates=1, output=str(output))) == 0
+    assert tune.run(argparse.Namespace(models=["small", "small/2"], candidates=1, measures=["step"], output=str(output))) == 0
     table = json.loads(output.read_text())["sm_90"]
     assert table["linear_residual"] == {key: table["linear"][key] for key in ("512x256", "1024x256")}  # no shard's
     assert set(table["linear"]) == {"512x256", "1024x256", "256x256"}

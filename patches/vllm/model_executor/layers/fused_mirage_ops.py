@@ -333,10 +333,10 @@ class FusedRMSNormQKV(_StandIn):
     def standing(self, layer: Any) -> Any:
         return layer.self_attn.qkv_proj
 
-    def prepare(self) -> Any:
-        """The kernel, compiled now, or a sentence why there is none."""
+    def prepare(self, alone: bool = False) -> Any:
+        """The kernel, compiled now, or a sentence why there is none.  alone: it will run behind an op of the stock path."""
         n, k = self.proj.weight.shape
-        return mirage_ops.prepare_gemm("rms_norm_linear", k, n, self.proj.weight.dtype, self.proj.weight.device)
+        return mirage_ops.prepare_gemm("rms_norm_linear", k, n, self.proj.weight.dtype, self.proj.weight.device, alone)
 
     def __call__(self, hidden_states: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """hidden_states, residual: [num_tokens, hidden] → (qkv [num_tokens, (q+2kv)·head_dim], the new residual)."""
@@ -358,9 +358,9 @@ class FusedRMSNormGateUpSiLU(_StandIn):
     def standing(self, layer: Any) -> Any:
         return layer.mlp.gate_up_proj
 
-    def prepare(self) -> Any:
-        rows, k = self.proj.weight.shape
-        return mirage_ops.prepare_gemm("rms_norm_gate_up_silu", k, rows // 2, self.proj.weight.dtype, self.proj.weight.device)
+    def prepare(self, alone: bool = False) -> Any:
+        (rows, k), dtype, device = self.proj.weight.shape, self.proj.weight.dtype, self.proj.weight.device
+        return mirage_ops.prepare_gemm("rms_norm_gate_up_silu", k, rows // 2, dtype, device, alone)
 
     def __call__(self, hidden_states: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """hidden_states, residual: [num_tokens, hidden] → (silu(gate)·up [num_tokens, intermediate], the new residual)."""
@@ -386,9 +386,9 @@ class FusedLinear(_StandIn):
     def standing(self, layer: Any) -> Any:
         return layer.self_attn.o_proj if self.op == "o_proj" else layer.mlp.down_proj
 
-    def prepare(self, kind: str = "linear") -> Any:
+    def prepare(self, alone: bool = False, kind: str = "linear") -> Any:
         n, k = self.proj.weight.shape
-        return mirage_ops.prepare_gemm(kind, k, n, self.proj.weight.dtype, self.proj.weight.device)
+        return mirage_ops.prepare_gemm(kind, k, n, self.proj.weight.dtype, self.proj.weight.device, alone)
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """x [num_tokens, k] → ([num_tokens, n], summed over the tensor-parallel ranks; the residual, None once it is added)."""
@@ -411,7 +411,7 @@ class FusedAttention(_StandIn):
     def standing(self, layer: Any) -> Any:
         return layer.self_attn.attn
 
-    def prepare(self) -> Any:
+    def prepare(self, alone: bool = False) -> Any:
         weight, config = self.attention.q_norm.weight, get_current_vllm_config_or_none()
         longest = 0 if config is None else config.model_config.max_model_len
         heads = self.attention.num_heads, self.attention.num_kv_heads
@@ -478,8 +478,9 @@ def fuse_layer(layer: Any, forward: Any, attention_class: type, mlp_class: type,
         _plans.clear()
         mirage_ops.calls.update(dict.fromkeys(mirage_ops.calls, 0))
     common = _why_not_layer(layer, forward, attention_class, mlp_class)
+    reasons = {op: common or _why_not_op(op, layer) for op in OPS}
     for op in OPS:
-        plan = _plan_op(op, name, layer, common)
+        plan = _plan_op(op, name, layer, reasons[op], alone=reasons[BEFORE[op]] is not None)
         _plans[name, op] = plan
         if mirage_switch() == "strict" and plan.kernel is None and op in enabled_ops():
             raise RuntimeError(
@@ -493,12 +494,22 @@ def fuse_layer(layer: Any, forward: Any, attention_class: type, mlp_class: type,
     return {op: _plans[name, op].fused for op in OPS if _plans[name, op].fused is not None}
 
 
-def _plan_op(op: str, name: str, layer: Any, common: str | None) -> LayerPlan:
-    reason = common or (f"{OPS_SWITCH} leaves it out" if op not in enabled_ops() else _why_not_op(op, layer))
+BEFORE = {
+    "norm_qkv": "down_proj",  # of the layer before, which is like this one
+    "attention": "norm_qkv",
+    "o_proj": "attention",
+    "norm_gate_up": "o_proj",
+    "down_proj": "norm_gate_up",
+}
+"""The op that a decode step runs before each."""
+
+
+def _plan_op(op: str, name: str, layer: Any, reason: str | None, alone: bool) -> LayerPlan:
+    """reason: why it must stay stock.  alone: the op before it is stock."""
     fused, kernel = None, None
     if reason is None:
         fused = _stand_in(op, layer)
-        prepared = fused.prepare()
+        prepared = fused.prepare(alone)
         if isinstance(prepared, str):
             reason = f"no kernel: {prepared}"
             if not current_platform.is_cpu():
@@ -520,7 +531,7 @@ def _choose_where_the_residual_is_added(op: str, norm: str, name: str, num_layer
     if plan.fused is None or _plans[name, norm].fused is None:
         return
     reason = why_not_residual(plan.fused.proj, op == "down_proj" and _is_last_layer(name, num_layers))
-    kernel = reason or plan.fused.prepare(RESIDUAL)
+    kernel = reason or plan.fused.prepare(kind=RESIDUAL)
     if not isinstance(kernel, str) and kernel.max_tokens < _last_of_the_gemms_kernels(name):
         kernel = f"{kernel.name}, while the layer's other kernels take more"
     if isinstance(kernel, str):
@@ -539,6 +550,8 @@ def _last_of_the_gemms_kernels(name: str) -> int:
 
 
 def _why_not_op(op: str, layer: Any) -> str | None:
+    if op not in enabled_ops():
+        return f"{OPS_SWITCH} leaves it out"
     attention, mlp = layer.self_attn, layer.mlp
     if op == "norm_qkv":
         return why_not_fused(layer.input_layernorm, attention.qkv_proj)

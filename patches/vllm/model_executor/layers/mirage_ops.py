@@ -43,12 +43,14 @@ kernels: dict[tuple, Any] = {}
 contexts: dict[tuple, int] = {}  # of an attention kernel's entry: the tokens that a request of any engine here may reach
 
 
-def prepare_gemm(op: str, k: int, n: int, dtype: torch.dtype, device: torch.device) -> Any:
+def prepare_gemm(op: str, k: int, n: int, dtype: torch.dtype, device: torch.device, alone: bool = False) -> Any:
     """Compile or load the kernel of a GEMM op (mirage_kernels.plans.GEMM_OPS) for weights [n, k] now, before any graph capture.
 
+    alone: it will run behind an op of the stock path.  Of layers that differ in this the first decides: plans differ in time alone.
     Returns the kernel, or a sentence saying why there is none.
     """
-    return _prepared((op, k, n, dtype, device), lambda module: module.prepare(op, k=k, n=n, dtype=dtype, device=device))
+    shape = {"k": k, "n": n, "dtype": dtype, "device": device}
+    return _prepared((op, *shape.values()), lambda module: module.prepare(op, **shape, alone=alone))
 
 
 def prepare_attention(heads: int, kv_heads: int, dtype: torch.dtype, device: torch.device, max_context: int = 0) -> Any:

@@ -25,13 +25,21 @@ MIN_CAPABILITY = 80  # bf16 mma
 
 
 def prepare(
-    op: str, *, k: int, n: int, dtype: torch.dtype, device: torch.device, plans: list[Plan] | None = None, overlap: bool = True
+    op: str,
+    *,
+    k: int,
+    n: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    alone: bool = False,
+    plans: list[Plan] | None = None,
+    overlap: bool = True,
 ) -> NormGemm | Linear | LinearResidual | str:
     """The kernel of a GEMM op, compiled and loaded now, or one sentence why none can run.
 
-    op is a name of plans.GEMM_OPS; n counts the columns of one of its weights [n, k]. Call it before graph capture. `plans` overrides
-    the table (for measuring); `overlap` lets the first kernel start before its predecessor on the stream has finished (programmatic
-    dependent launch, sm_90 and up).
+    op is a name of plans.GEMM_OPS; n counts the columns of one of its weights [n, k]. Call it before graph capture. `alone`: it runs behind
+    an op of the stock path, not behind a kernel of these. `plans` overrides the table (for measuring); `overlap` lets the first kernel
+    start before its predecessor on the stream has finished (programmatic dependent launch, sm_90 and up).
     """
     if op not in GEMM_OPS:
         return f"there is no kernel for the op {op}"
@@ -39,7 +47,7 @@ def prepare(
     kind = {"linear": Linear, "linear_residual": LinearResidual}.get(op, NormGemm)
 
     def build(arch: str, device: torch.device) -> Any:
-        found = plans if plans is not None else plans_for(op, k, n, arch)
+        found = plans if plans is not None else plans_for(op, k, n, arch, alone)
         if isinstance(found, str):
             return found
         if dtype == torch.float16:  # an unscaled product leaves fp16's range: the norm must come first
@@ -47,7 +55,10 @@ def prepare(
             if None in split:
                 return f"no plan for float16 divides K {k} and N {n}"
             found = [plan for plan in split if plan is not None]
-        return kind(op, k, n, dtype, device, found, overlap)
+        kernel = kind(op, k, n, dtype, device, found, overlap)
+        if alone and plans is None and found != plans_for(op, k, n, arch):
+            kernel.name += ", behind a stock op"
+        return kernel
 
     return _prepare(dtype, device, build)
 

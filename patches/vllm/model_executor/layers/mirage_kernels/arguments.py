@@ -25,6 +25,6 @@ def struct_of(names: Sequence[str]) -> type[ctypes.Structure]:
     return type("Arguments", (ctypes.Structure,), {"_fields_": [(name, SCALARS.get(name, ctypes.c_void_p)) for name in names]})
 
 
-def blocks_of(launch_shape_blocks: int, num_tokens: int) -> int:
-    """Blocks of a launch: what the cubin says, or, where that is negative, so many for each token."""
-    return launch_shape_blocks if launch_shape_blocks > 0 else -launch_shape_blocks * num_tokens
+def blocks_of(launch_shape: Sequence[int], num_tokens: int) -> int:
+    """Blocks of a launch: of every launch, and for each token."""
+    return launch_shape[0] + launch_shape[1] * num_tokens

@@ -106,8 +106,8 @@ MIRAGE_DEVICE float weight_of(float maximum, float all) { return maximum == -INF
 MIRAGE_DEVICE unsigned char *slot(unsigned char *shared, int offset, int index) { return shared + offset + index * 4; }
 }  // namespace mirage
 
-extern "C" __device__ const int mirage_launch_shape[4] = {
-    -mirage::A::KV_HEADS * mirage::A::CLUSTER /* blocks of each token */, mirage::A::THREADS, mirage::A::CLUSTER, mirage::A::SHARED_BYTES};
+extern "C" __device__ const int mirage_launch_shape[5] = {
+    0, mirage::A::KV_HEADS * mirage::A::CLUSTER, mirage::A::THREADS, mirage::A::CLUSTER, mirage::A::SHARED_BYTES};
 
 extern "C" __global__ void __launch_bounds__(mirage::A::THREADS) decode_attention(Arguments args) {
   using namespace mirage;

@@ -94,7 +94,7 @@ class NormGemm(Gemm):
             kernels[0](out.data_ptr(), *written, *read, weight.data_ptr(), num_tokens, eps)
         else:
             normed = hidden_states.new_empty((round_up(num_tokens, COLUMNS), hidden_states.shape[1]))  # in whole tiles
-            kernels[0](normed.data_ptr(), *written, *read, num_tokens, eps)
+            kernels[0](normed.data_ptr(), *written, *read, weight.data_ptr(), num_tokens, eps)
             kernels[1](out.data_ptr(), normed.data_ptr(), weight.data_ptr(), num_tokens)
         return out, residual_out
 

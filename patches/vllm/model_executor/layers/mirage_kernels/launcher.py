@@ -38,17 +38,17 @@ class LoadedKernel:
             torch.cuda.current_stream()  # makes torch's context current in this thread
             self._module = _checked(*driver.cuModuleLoadData(cubin))
             self._function = _checked(*driver.cuModuleGetFunction(self._module, entry.encode()))
-            shape = (ctypes.c_int * 4)()  # blocks, threads, cluster, shared bytes: the cubin knows its own launch shape
+            shape = (ctypes.c_int * 5)()  # blocks, blocks for each token, threads, cluster, shared bytes: the cubin knows them
             address, _ = _checked(*driver.cuModuleGetGlobal(self._module, b"mirage_launch_shape"))
             _checked(*driver.cuMemcpyDtoH(ctypes.addressof(shape), address, ctypes.sizeof(shape)))
             self.launch_shape = tuple(shape)
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            _checked(*driver.cuFuncSetAttribute(self._function, attribute, shape[3]))
+            _checked(*driver.cuFuncSetAttribute(self._function, attribute, shape[4]))
 
     def __call__(self, *values) -> None:
         """Launches with `values` in the order of `arguments` (addresses as int). Does not synchronise."""
         stream = torch._C._cuda_getCurrentRawStream(self.device_index)
-        key = stream, blocks_of(self.launch_shape[0], values[self._tokens])
+        key = stream, blocks_of(self.launch_shape, values[self._tokens])
         config = self._configs.get(key) or self._configs.setdefault(key, self._make_config(*key))
         struct = self._struct(*values)
         pointers = self._pointers(ctypes.addressof(struct))
@@ -57,7 +57,7 @@ class LoadedKernel:
             raise LaunchError(f"the CUDA driver answered {result.name} to a launch")
 
     def _make_config(self, stream: int, blocks: int):
-        _, threads, cluster, shared_bytes = self.launch_shape
+        _, _, threads, cluster, shared_bytes = self.launch_shape
         attributes = []
         if self._overlap:
             attribute = driver.CUlaunchAttribute()

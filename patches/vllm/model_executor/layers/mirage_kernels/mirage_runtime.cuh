@@ -311,13 +311,26 @@ MIRAGE_DEVICE void cluster_barrier() {
 }
 
 // ------------------------------------------------------------------------------------------------ rows
-// A kernel without a GEMM: one block for each token, 8 neighbouring k for each thread.
-template <int K_, int THREADS_>
+// A kernel without a GEMM, in front of one: a block for each token, 8 neighbouring k for each thread.
+template <int K_, int THREADS_, int NEXT_ROWS_, int WARM_>
 struct RowSchedule {
+  static constexpr int NEXT_ROWS = NEXT_ROWS_, WARM = WARM_;                    // rows of the next kernel's weights, bytes of each to warm
+  static constexpr int WARM_BLOCKS = WARM > 0 ? 64 : 0;                         // as fast as 120, faster than 24 (K 4096, N 6144, H200)
   static constexpr int K = K_, THREADS = THREADS_, VECTORS_PER_THREAD = (K / kVector + THREADS - 1) / THREADS;
   static constexpr int WARPS = THREADS / kWarp, SHARED_BYTES = WARPS * 4;
   static_assert(K % kVector == 0 && THREADS % kWarp == 0, "a row is a whole number of 16-byte vectors");
 };
+// Blocks behind those of the tokens ask the start of the next kernel's weights into L2, and are done: the GPU needs some 1 us to start that
+// kernel, in which memory would idle (docs/perf-log.md). True in such a block.
+template <class S>
+MIRAGE_DEVICE bool warm_next_weights(void const *weights, int num_tokens) {
+  static_assert(S::WARM % 16 == 0 && S::WARM <= S::K * 2, "a prefetch is whole 16 bytes, inside a row");
+  const int block = static_cast<int>(blockIdx.x) - num_tokens;
+  if (S::WARM == 0 || block < 0) return false;
+  for (int row = threadIdx.x * S::WARM_BLOCKS + block; row < S::NEXT_ROWS; row += S::THREADS * S::WARM_BLOCKS)
+    prefetch_l2(element(weights, static_cast<uint64_t>(row) * S::K), S::WARM);
+  return true;
+}
 template <class S>
 MIRAGE_DEVICE float block_sum(unsigned char *shared, float sum) {
   MIRAGE_UNROLL

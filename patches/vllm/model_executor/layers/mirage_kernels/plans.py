@@ -3,6 +3,9 @@
 
 `plans.json` holds what was measured, by architecture, op and KxN; the tuner writes it. A table of the user's own, from
 `./install.sh --tune`, lies in the cache folder and wins over the shipped one.
+
+There are two measures, and what is best by one may lose by the other. In a step whose ops are all kernels each starts while the one before
+it still runs; those plans lie under their op. Behind an op of the stock path nothing overlaps; plans for that lie under "alone".
 """
 
 import itertools
@@ -98,6 +101,7 @@ class Plan:
     early           steps of weights asked for before the previous kernel has finished
     prefetch        further iterations asked into L2 before that
     blocks_per_sm   blocks that must fit on a multiprocessor; more than the grid fills leave room for the next kernel to start in
+    warm            bytes of every weight row that the norm kernel asks into L2 for its GEMM (split; sm_90 and up)
     """
 
     max_num_tokens: int
@@ -110,6 +114,7 @@ class Plan:
     early: int
     prefetch: int
     blocks_per_sm: int
+    warm: int = 0
 
     def defines(self, k: int, n: int) -> dict[str, int]:
         """The macros that bind a GEMM source to this plan."""
@@ -141,18 +146,20 @@ def largest_cluster(arch: str) -> int:
 
 def kernels_of(op: str, plan: Plan, k: int, n: int) -> list[list[tuple[str, dict[str, int]]]]:
     """For each variant of an op the kernels that run in order, with their macros; a GEMM behind a norm kernel reads that one's tiles."""
+    row = row_defines(k, n * GEMM_OPS[op].weights, plan.warm)
     return [
-        [
-            (name, row_defines(k) if name in ROW_KERNELS else plan.defines(k, n) | {"MIRAGE_TILED": int(name != names[0])})
-            for name in names
-        ]
+        [(name, row if name in ROW_KERNELS else plan.defines(k, n) | {"MIRAGE_TILED": int(name != names[0])}) for name in names]
         for names in GEMM_OPS[op].sources[plan.schedule]
     ]
 
 
-def row_defines(k: int) -> dict[str, int]:
-    """The macros of a norm kernel: a thread for each 8 neighbouring elements of the row, 1024 at most."""
-    return {"MIRAGE_K": k, "MIRAGE_THREADS": min(1024, round_up(k // COLUMNS, 32))}
+def row_defines(k: int, next_rows: int = 0, warm: int = 0) -> dict[str, int]:
+    """The macros of a norm kernel: a thread for each 8 neighbouring elements of the row, 1024 at most.
+
+    warm: bytes of each of the next kernel's `next_rows` weight rows that it asks into L2.
+    """
+    threads = min(1024, round_up(k // COLUMNS, 32))
+    return {"MIRAGE_K": k, "MIRAGE_THREADS": threads, "MIRAGE_NEXT_ROWS": next_rows if warm else 0, "MIRAGE_WARM": warm}
 
 
 def cache_folder() -> Path:
@@ -176,9 +183,12 @@ def read_table(path: Path) -> dict:
         raise ValueError(f"The plan table {path} cannot be read ({error}); delete it or run ./install.sh --tune again.") from error
 
 
-def plans_for(op: str, k: int, n: int, arch: str) -> list[Plan] | str:
-    """Plans by rising token limit, or one sentence why there are none. Above the last limit the stock path is faster or unmeasured."""
-    found = _measured(op, f"{k}x{n}", arch)
+def plans_for(op: str, k: int, n: int, arch: str, alone: bool = False) -> list[Plan] | str:
+    """Plans by rising token limit, or one sentence why there are none. Above the last limit the stock path is faster or unmeasured.
+
+    alone: behind an op of the stock path; where nobody measured that, as between kernels.
+    """
+    found = _measured(op, f"{k}x{n}", arch, alone)
     if GEMM_OPS[op].measured_only and not isinstance(found, list):
         return f"nobody measured that {op} is faster for {k}x{n} on {arch}"
     if isinstance(found, str):
@@ -208,20 +218,21 @@ def attention_heuristic(kv_heads: int, max_num_tokens: int, arch: str) -> Attent
     return AttentionPlan(max_num_tokens, 1 << cluster.bit_length() - 1, 8 if few else 4, None if few else MANY_REQUESTS_CONTEXT)
 
 
-def _measured(op: str, shape: str, arch: str) -> list[dict] | str | None:
+def _measured(op: str, shape: str, arch: str, alone: bool = False) -> list[dict] | str | None:
     """The table's entry for a shape, the user's before the shipped one; None if nobody measured it; a sentence if no kernel should run."""
     known: set[str] = set()
-    for path in (user_table(), TABLE):
+    for between_stock, path in itertools.product((True, False) if alone else (False,), (user_table(), TABLE)):
         ops = read_table(path).get(arch, {})
         known |= ops.keys()
-        if shape in ops.get(op, {}):
-            return ops[op][shape] or f"no kernel was faster than the stock path for {shape} on {arch}"
+        entries = (ops.get("alone", {}) if between_stock else ops).get(op, {})
+        if shape in entries:
+            return entries[shape] or f"no kernel was faster than the stock path for {shape} on {arch}"
     return None if op in known else f"no plan is measured for {arch}; ./install.sh --tune measures them on this GPU"
 
 
 def to_table(plans: Iterable[Plan] | Iterable[AttentionPlan]) -> list[dict]:
-    """Plans as the table holds them."""
-    return [asdict(plan) for plan in plans]
+    """Plans as the table holds them: without what is 0 in most."""
+    return [{name: value for name, value in asdict(plan).items() if (name, value) != ("warm", 0)} for plan in plans]
 
 
 def candidates(

@@ -17,19 +17,21 @@ struct Arguments {
   void const *X;
   void const *R;
   void const *G;
+  void const *next_weights;
   int num_tokens;
   float eps;
 };
 
-using Plan = mirage::RowSchedule<MIRAGE_K, MIRAGE_THREADS>;
+using Plan = mirage::RowSchedule<MIRAGE_K, MIRAGE_THREADS, MIRAGE_NEXT_ROWS, MIRAGE_WARM>;
 
-extern "C" __device__ const int mirage_launch_shape[4] = {
-    -1 /* a block for each token */, Plan::THREADS, 1, Plan::SHARED_BYTES};
+extern "C" __device__ const int mirage_launch_shape[5] = {
+    Plan::WARM_BLOCKS, 1, Plan::THREADS, 1, Plan::SHARED_BYTES};
 
 extern "C" __global__ void __launch_bounds__(Plan::THREADS) rms_norm(Arguments args) {
   using namespace mirage;
   MIRAGE_SHARED(shared);
   release_next_kernel();
+  if (warm_next_weights<Plan>(args.next_weights, args.num_tokens)) return;  // a block behind those of the tokens
   wait_for_previous_kernel();
   const uint64_t row = static_cast<uint64_t>(blockIdx.x) * Plan::K;
   float s_scaled_kept[Plan::VECTORS_PER_THREAD][kVector];

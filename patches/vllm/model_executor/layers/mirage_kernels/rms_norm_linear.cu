@@ -27,8 +27,8 @@ struct Arguments {
 using Plan = mirage::Schedule<MIRAGE_K, MIRAGE_N, MIRAGE_TOKENS, MIRAGE_GRID, MIRAGE_FORLOOP, MIRAGE_CLUSTER, MIRAGE_WARPS,
                               MIRAGE_STAGES, MIRAGE_EARLY, MIRAGE_PREFETCH, MIRAGE_TILED, 1, 2, 1, 1>;
 
-extern "C" __device__ const int mirage_launch_shape[4] = {
-    Plan::GRID * Plan::CLUSTER, Plan::THREADS, Plan::CLUSTER, Plan::SHARED_BYTES};
+extern "C" __device__ const int mirage_launch_shape[5] = {
+    Plan::GRID * Plan::CLUSTER, 0, Plan::THREADS, Plan::CLUSTER, Plan::SHARED_BYTES};
 
 extern "C" __global__ void __launch_bounds__(Plan::THREADS, MIRAGE_OCCUPANCY) rms_norm_linear(Arguments args) {
   using namespace mirage;
