@@ -323,7 +323,7 @@ class _Gemm:
         if not p.row_sums and not p.stored and operand == f"{p.activations[0]}[e]":  # nothing to compute: the fragment is the operand
             yield "  gemm.run(load_step, [&](int, int c, Fragments<Plan> const &f) { return f.input[0][c]; });"
             return
-        yield "  gemm.run(load_step, [&](int step, int c, Fragments<Plan> const &f) {"
+        yield "  auto prologue = [&](int step, int c, Fragments<Plan> const &f) {"
         arrays = [*p.activations, *p.vectors, *(f"{name}_out" for name in p.stored), "operand"]
         yield f"    float {', '.join(f'{name}[kVector]' for name in arrays)};"
         for i, tensor in enumerate(p.activations):
@@ -343,7 +343,9 @@ class _Gemm:
         for name in p.stored:
             yield f"    store_output<Plan>(at, args.{name}, args.num_tokens, c, step, {name}_out);"
         yield "    return pack(operand);"
-        yield "  });"
+        yield "  };"
+        yield "  if (MIRAGE_PIPELINED) gemm.run_pipelined(load_step, prologue);"
+        yield "  else gemm.run(load_step, prologue);"
 
     def _finish(self) -> Iterator[str]:
         block, graph = self.block, self.graph

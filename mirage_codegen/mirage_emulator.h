@@ -221,6 +221,10 @@ static inline void store_global(void *address, V v) {
   memcpy(address, &v, sizeof(V));
 }
 template <class V>
+static inline void store_global_if(bool condition, void *address, V v) {
+  if (condition) store_global(address, v);
+}
+template <class V>
 static inline void store_shared(void *address, V v) {
   emulator::store(address, &v, sizeof(V));
 }
@@ -277,4 +281,5 @@ static inline void store_cluster(void *address, int rank, float v) {
 static inline void prefetch_l2(void const *address, uint32_t bytes) { emulator::prefetched.push_back({address, bytes}); }
 static inline void wait_for_previous_kernel() {}
 static inline void release_next_kernel() {}
+static inline void keep_order() {}
 }  // namespace mirage

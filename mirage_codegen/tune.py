@@ -37,7 +37,7 @@ LONG_CONTEXTS = (8192, plans.MANY_REQUESTS_CONTEXT)  # where attention must not 
 WORTH = 1.005  # a kernel must make the step this much faster to enter the table
 TIE = 1.003  # plans whose steps differ by less are equal in the step: the one that is fastest by itself stays
 LOSS = 0.99  # the other form of a residual may lose this much at one limit, if it gains over all limits
-AGAIN = 6  # candidates of an op that are measured again once the other ops have changed
+AGAIN = 6  # candidates that are measured again: in the step once the other ops have changed, alone the best of each form
 WARMTHS = (256, 512, 1024)  # bytes of each weight row that a norm kernel may ask into L2; 2048 took the norm's time (H200)
 
 
@@ -66,12 +66,14 @@ class Gpu:
 
 
 def gemm_candidates(kind: str, k: int, n: int, limit: int, count: int, gpu: Gpu) -> list[plans.Plan]:
-    """The most promising plans, the same number of each schedule; of each (cluster, warps, room for the next kernel) the best few."""
+    """The most promising plans, the same number of each schedule (of the fused one in either form); of each (cluster, warps, room for the
+    next kernel) the best few."""
     chosen: list[plans.Plan] = []
-    for schedule in plans.GEMM_OPS[kind].sources:
+    for schedule, pipelined in itertools.product(plans.GEMM_OPS[kind].sources, (False, True)):
         if schedule == "fused" and limit > 16:
             continue  # measured: 32 tokens normalised by every block never win
-        found = plans.candidates(kind, k, n, limit, schedule, gpu.multiprocessors, gpu.arch)
+        every = plans.candidates(kind, k, n, limit, schedule, gpu.multiprocessors, gpu.arch)
+        found = [plan for plan in every if plan.pipelined == pipelined]
         ranked = sorted(found, key=lambda plan: plans.distance(kind, plan, k, n, gpu.multiprocessors))
         seen: dict[tuple, int] = {}
         kept = []
@@ -314,9 +316,13 @@ def tune_alone(shape: LayerShape, op: str, gpu: Gpu, count: int) -> tuple[list[p
         tables = [plans.plans_for(kind, k, n, gpu.arch, behind_stock) for behind_stock in (False, True)]
         in_tables = [plan for table in tables if isinstance(table, list) for plan in table]
         known = [replace(plan, max_num_tokens=limit) for plan in in_tables if _same_tile(plan, limit)]
-        cold = [plan for _, plan in alone.fastest([*gemm_candidates(kind, k, n, limit, count, gpu), *known], 3)[:8]]
+        ranked = [plan for _, plan in alone.fastest([*gemm_candidates(kind, k, n, limit, count, gpu), *known], 3)]
+        forms = {(plan.schedule, plan.pipelined): [] for plan in ranked}  # some of each: warming favours plans that lose without
+        for plan in ranked:
+            forms[plan.schedule, plan.pipelined].append(plan)
+        cold = [plan for of_form in forms.values() for plan in of_form[:AGAIN]]
         warm = [replace(plan, warm=warm) for plan in cold if can_warm(kind, plan, gpu) for warm in WARMTHS]
-        again = [plan for _, plan in alone.fastest([*cold, *warm], 7)[:6]]
+        again = [plan for _, plan in alone.fastest([*cold, *warm], 7)[:AGAIN]]
         best = next(iter(alone.fastest(again, 25)), None)
         stock = statistics.median((before, alone.time_us(None, 15)))
         ours = f"{best[0]:6.2f} {_short(best[1])}" if best else "no kernel"
@@ -371,8 +377,8 @@ def _short(plan: Any) -> str:
     if plan is None:
         return "stock path"
     return (
-        f"{plan.schedule} grid {plan.grid}×{plan.cluster} loop {plan.forloop_range} warps {plan.warps} stages {plan.stages} "
-        f"early {plan.early} prefetch {plan.prefetch} warm {plan.warm} ({plan.blocks_per_sm} a multiprocessor)"
+        f"{plan.schedule}{' pipelined' * plan.pipelined} grid {plan.grid}×{plan.cluster} loop {plan.forloop_range} warps {plan.warps} "
+        f"stages {plan.stages} early {plan.early} prefetch {plan.prefetch} warm {plan.warm} ({plan.blocks_per_sm} a multiprocessor)"
     )
 
 

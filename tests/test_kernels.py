@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -40,9 +41,9 @@ def nvrtc():
         return str(error)
 
 
-def plan(tokens=8, grid=2, forloop=4, cluster=1, warps=4, stages=2, prefetch=0, schedule="split"):
+def plan(tokens=8, grid=2, forloop=4, cluster=1, warps=4, stages=2, prefetch=0, schedule="split", pipelined=False):
     early = stages if schedule == "split" else 0
-    return plans.Plan(tokens, schedule, grid, forloop, cluster, warps, stages, early, prefetch, 1)
+    return plans.Plan(tokens, schedule, grid, forloop, cluster, warps, stages, early, prefetch, 1, pipelined)
 
 
 def graph_for(op: str, k: int, n: int, chosen: plans.Plan) -> MuGraph:
@@ -158,6 +159,50 @@ def test_kernel_equals_its_graph(folder, op, k, n, num_tokens, chosen, delayed):
     assert worst_error(results[0], reference) < BF16
     for name in reference:  # the order in which warps run must not show
         assert (results[0][name] == results[1][name]).all()
+
+
+def pipelined(**shape):
+    return plan(schedule="fused", pipelined=True, **shape)
+
+
+@needs_gxx
+@pytest.mark.parametrize("delayed", [False, True])
+@pytest.mark.parametrize(
+    "op, k, n, num_tokens, chosen",
+    [
+        ("rms_norm_linear", 128, 64, 3, pipelined(forloop=1)),  # one step
+        ("rms_norm_linear", 256, 64, 8, pipelined(forloop=2, stages=1)),  # two
+        ("rms_norm_linear", 256, 64, 1, pipelined(forloop=1)),  # two that are both in flight
+        ("rms_norm_linear", 640, 64, 7, pipelined(forloop=5, stages=2)),  # steps that no whole number of rounds holds
+        ("rms_norm_linear", 1280, 64, 5, pipelined(forloop=5, stages=4)),  # the same of ten in pairs
+        ("rms_norm_linear", 768, 64, 5, replace(pipelined(forloop=6), early=1)),  # some weights asked for early
+        ("rms_norm_linear", 1024, 96, 13, pipelined(tokens=16, grid=3, cluster=2, forloop=8, stages=1)),
+        ("rms_norm_linear", 1024, 64, 23, pipelined(tokens=24, grid=1, cluster=4, forloop=8, stages=4)),
+        ("rms_norm_linear_first", 640, 64, 5, pipelined(forloop=5, stages=4)),
+        ("rms_norm_linear_first", 768, 64, 9, pipelined(tokens=16, cluster=2, forloop=6, stages=1)),
+        ("rms_norm_gate_up_silu", 640, 64, 7, pipelined(forloop=5, stages=1)),
+        ("rms_norm_gate_up_silu", 768, 64, 11, pipelined(tokens=16, cluster=2, forloop=6, stages=2)),
+        ("rms_norm_gate_up_silu", 896, 64, 3, pipelined(forloop=7, stages=4)),
+        ("rms_norm_gate_up_silu_first", 640, 96, 11, pipelined(tokens=16, grid=3, forloop=5, stages=2)),
+    ],
+    ids=lambda value: value if isinstance(value, (str, int)) else f"{value.grid}x{value.cluster}-{value.stages}",
+)
+def test_a_pipelined_kernel_equals_the_plain_one(folder, op, k, n, num_tokens, chosen, delayed):
+    graph = graph_for(op, k, n, chosen)
+    forms = [replace(chosen, pipelined=form) for form in (True, False)]
+    kernels = [emulate.EmulatedKernel(lower.lower(graph), form.defines(k, n), folder) for form in forms]
+    arguments = draw(graph, num_tokens)
+    reference = expected(graph, arguments, num_tokens)
+    results = [run(kernel, graph, arguments, num_tokens, delayed=delayed, seed=seed) for seed, kernel in enumerate(kernels)]
+    assert worst_error(results[0], reference) < BF16
+    for name in reference:  # the same sums in the same order
+        assert (results[0][name] == results[1][name]).all()
+
+
+@pytest.mark.parametrize("op", ["linear", "gate_up_silu"])
+def test_a_gemm_without_a_prologue_has_no_pipelined_form(op):
+    graph = graph_for(op, 512, 64, plan())
+    assert "PIPELINED" not in lower.lower(graph).source
 
 
 @needs_gxx
@@ -413,7 +458,7 @@ def test_every_source_compiles_for(arch):
     special = dict.fromkeys(("rms_norm", "rms_norm_first"), rows) | {"decode_attention": attention.defines(32, 8)}
     for name in (*generate.SHIPPED, *generate.HANDWRITTEN):
         macros = special.get(name, gemm.defines(4096, 6144))
-        for element in ({}, {"MIRAGE_FP16": 1}):
+        for element in ({}, {"MIRAGE_FP16": 1}, {"MIRAGE_PIPELINED": 1}):
             assert compiler.compile_cubin(compiler.Build(f"{name}.cu", tuple(sorted({**macros, **element}.items())), arch))
 
 

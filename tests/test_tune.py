@@ -232,6 +232,17 @@ def test_a_step_gives_the_same_stream_wherever_the_residual_is_added(monkeypatch
         step.layer({**kernels, "norm_qkv": None}, 0, x, r)
 
 
+def test_the_fused_schedule_is_offered_plain_and_pipelined():
+    count = 8
+    for op in layer.GEMMS:
+        kind, k, n = SHAPE.gemm(op)
+        found = tune.gemm_candidates(kind, k, n, 8, count, GPU)
+        forms = [(plan.schedule, plan.pipelined) for plan in found]
+        fused = [("fused", False), ("fused", True)] if "fused" in plans.GEMM_OPS[kind].sources else []
+        assert list(dict.fromkeys(forms)) == [*fused, ("split", False)]
+        assert all(0 < forms.count(form) <= count for form in forms)
+
+
 def test_candidates_fit_the_gpu():
     small = tune.Gpu(torch.device("cpu"), "sm_86", 8)
     for limit in tune.LIMITS:

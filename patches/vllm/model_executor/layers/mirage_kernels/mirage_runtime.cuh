@@ -31,6 +31,9 @@ typedef unsigned long long uint64_t;
 #define MIRAGE_UNROLL _Pragma("unroll")
 #define MIRAGE_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
 #endif
+#ifndef MIRAGE_PIPELINED  // a kernel without a GEMM
+#define MIRAGE_PIPELINED 0
+#endif
 
 namespace mirage {
 
@@ -83,7 +86,8 @@ MIRAGE_DEVICE float rsqrt_exact(float x) { return 1.0f / sqrtf(x); }
 MIRAGE_DEVICE float silu(float x) { return x / (1.0f + __expf(-x)); }
 
 // ------------------------------------------------------------------------------------------------ memory and mma
-// All loads are volatile: they stay in program order, which is the software pipeline.
+// All loads are volatile: NVVM leaves them in program order, which is the software pipeline. ptxas may still move them past each other and
+// past arithmetic, and does; run_pipelined holds it back by keep_order().
 MIRAGE_DEVICE Vec load_weights(void const *address) {  // read once a step: no place in L1
   Vec v;
   asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -106,6 +110,12 @@ MIRAGE_DEVICE Vec load_global(void const *address) {
 }
 MIRAGE_DEVICE void store_global(void *address, Vec v) {
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(v.word[0]), "r"(v.word[1]), "r"(v.word[2]), "r"(v.word[3])
+               : "memory");
+}
+// The same under a predicate. With a branch ptxas gave gamma's fragments the scoreboard of the weights, so that each waited for both.
+MIRAGE_DEVICE void store_global_if(bool condition, void *address, Vec v) {
+  asm volatile("{.reg .pred p; setp.ne.u32 p, %5, 0; @p st.global.v4.u32 [%0], {%1, %2, %3, %4};}" ::"l"(address), "r"(v.word[0]),
+               "r"(v.word[1]), "r"(v.word[2]), "r"(v.word[3]), "r"(static_cast<uint32_t>(condition))
                : "memory");
 }
 MIRAGE_DEVICE void store_global(void *address, uint32_t pair) { *static_cast<uint32_t *>(address) = pair; }
@@ -170,6 +180,9 @@ MIRAGE_DEVICE void release_next_kernel() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
+// Once a block has released its next kernel, to do so again does nothing, but ptxas leaves loads on their side of it. Of nine instructions
+// that were tried only this one and pmevent did that (NVRTC 13.0, sm_90); with pmevent all loads shared a scoreboard: each waited for all.
+MIRAGE_DEVICE void keep_order() { release_next_kernel(); }
 #endif  // MIRAGE_EMULATE
 
 MIRAGE_DEVICE void unpack(Vec v, float (&out)[kVector]) {
@@ -264,8 +277,12 @@ MIRAGE_DEVICE Vec load_vector(Position<S> const &at, void const *tensor, int ste
 template <class S>
 MIRAGE_DEVICE void store_output(Position<S> const &at, void *tensor, int num_tokens, int tile, int step, float const (&values)[kVector]) {
   const int token = tile * kColumns + at.lane / 4, k = at.k(step);
-  if (token < num_tokens && (token * (S::K / kStep) + k / kStep) % S::GRID == at.cluster)
+  if (MIRAGE_PIPELINED) {
+    const bool mine = (token < num_tokens) & ((token * (S::K / kStep) + k / kStep) % S::GRID == at.cluster);
+    store_global_if(mine, element(tensor, static_cast<uint64_t>(token) * S::K + k), pack(values));
+  } else if (token < num_tokens && (token * (S::K / kStep) + k / kStep) % S::GRID == at.cluster) {
     store_global(element(tensor, static_cast<uint64_t>(token) * S::K + k), pack(values));
+  }
 }
 // A tensor [num_tokens, N] that the epilogue reads. What a thread finishes first is asked for before the GEMM: behind it, it would be waited for.
 template <class S>
@@ -374,6 +391,14 @@ struct SkinnyGemm {
       ring[step % S::STAGES][r][1] = load_weights(element(weight, index + 8 * S::K));
     }
   }
+  MIRAGE_DEVICE void multiply(int step, int c, Vec b) {
+    MIRAGE_UNROLL
+    for (int r = 0; r < S::ROW_TILES; ++r) {
+      Vec const &low = ring[step % S::STAGES][r][0], &high = ring[step % S::STAGES][r][1];
+      mma(acc[r][c], low.word[0], high.word[0], low.word[1], high.word[1], b.word[0], b.word[1]);
+      mma(acc[r][c], low.word[2], high.word[2], low.word[3], high.word[3], b.word[2], b.word[3]);
+    }
+  }
   // load_step(step, fragments&) loads the activations of a step; prologue(step, tile, fragments) makes of them the operand's
   // fragment for one tile of 8 tokens.
   template <class LoadStep, class Prologue>
@@ -385,20 +410,42 @@ struct SkinnyGemm {
     }
     MIRAGE_UNROLL
     for (int step = 0; step < S::STEPS; ++step) {
-      const int slot = step % S::STAGES;
       MIRAGE_UNROLL
-      for (int c = 0; c < S::TOKEN_TILES; ++c) {
-        const Vec b = prologue(step, c, activations[slot]);
-        MIRAGE_UNROLL
-        for (int r = 0; r < S::ROW_TILES; ++r) {
-          Vec const &low = ring[slot][r][0], &high = ring[slot][r][1];
-          mma(acc[r][c], low.word[0], high.word[0], low.word[1], high.word[1], b.word[0], b.word[1]);
-          mma(acc[r][c], low.word[2], high.word[2], low.word[3], high.word[3], b.word[2], b.word[3]);
-        }
-      }
+      for (int c = 0; c < S::TOKEN_TILES; ++c) multiply(step, c, prologue(step, c, activations[step % S::STAGES]));
       if (step + S::STAGES < S::STEPS) {
-        load_step(step + S::STAGES, activations[slot]);
+        load_step(step + S::STAGES, activations[step % S::STAGES]);
         load(step + S::STAGES);
+      }
+    }
+  }
+  // The same, for a prologue that computes: the operand of a step is ready before its weights are waited for. A slot of the ring holds the
+  // operand beside the weights; the activations of a step are asked for one step before its weights and are gone once these are asked for.
+  template <class LoadStep, class Prologue>
+  MIRAGE_DEVICE void run_pipelined(LoadStep load_step, Prologue prologue) {
+    Vec operand[S::STAGES][S::TOKEN_TILES];
+    auto prepare = [&](int step, Fragments<S> const &f) {
+      MIRAGE_UNROLL
+      for (int c = 0; c < S::TOKEN_TILES; ++c) operand[step % S::STAGES][c] = prologue(step, c, f);
+    };
+    MIRAGE_UNROLL
+    for (int step = 0; step < S::STAGES; ++step) load_step(step, activations[step]);
+    MIRAGE_UNROLL
+    for (int step = S::EARLY; step < S::STAGES; ++step) load(step);
+    MIRAGE_UNROLL
+    for (int step = 0; step < S::STAGES; ++step) prepare(step, activations[step]);
+    if (S::STAGES < S::STEPS) load_step(S::STAGES, activations[0]);
+    keep_order();
+    MIRAGE_UNROLL
+    for (int step = 0; step < S::STEPS; ++step) {
+      const int next = step + S::STAGES;
+      MIRAGE_UNROLL
+      for (int c = 0; c < S::TOKEN_TILES; ++c) multiply(step, c, operand[step % S::STAGES][c]);
+      if (next < S::STEPS) {
+        load(next);
+        keep_order();
+        prepare(next, activations[0]);
+        if (next + 1 < S::STEPS) load_step(next + 1, activations[0]);
+        keep_order();
       }
     }
   }

@@ -13,7 +13,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 TABLE = Path(__file__).parent / "plans.json"
@@ -102,6 +102,7 @@ class Plan:
     prefetch        further iterations asked into L2 before that
     blocks_per_sm   blocks that must fit on a multiprocessor; more than the grid fills leave room for the next kernel to start in
     warm            bytes of every weight row that the norm kernel asks into L2 for its GEMM (split; sm_90 and up)
+    pipelined       of the fused schedule: a step's activations are normalised a step ahead, before its weights are waited for
     """
 
     max_num_tokens: int
@@ -115,6 +116,7 @@ class Plan:
     prefetch: int
     blocks_per_sm: int
     warm: int = 0
+    pipelined: bool = False
 
     def defines(self, k: int, n: int) -> dict[str, int]:
         """The macros that bind a GEMM source to this plan."""
@@ -131,6 +133,7 @@ class Plan:
             "MIRAGE_PREFETCH": self.prefetch,
             "MIRAGE_OCCUPANCY": self.blocks_per_sm,
             "MIRAGE_TILED": 0,
+            "MIRAGE_PIPELINED": int(self.pipelined),
         }
 
 
@@ -273,7 +276,10 @@ def _fitting(op: str, k: int, n: int, max_num_tokens: int, schedule: str, multip
                 for stage in sorted({stages, min(stages, 2), 1}):
                     for early in (stage, 0) if schedule == "fused" else (stage,):
                         for prefetch in (0, 2, steps) if steps > early else (0,):
-                            yield Plan(max_num_tokens, schedule, grid, iterations, cluster, warps, stage, early, prefetch, blocks_per_sm)
+                            plan = Plan(max_num_tokens, schedule, grid, iterations, cluster, warps, stage, early, prefetch, blocks_per_sm)
+                            yield plan
+                            if schedule == "fused" and steps > 1:
+                                yield replace(plan, pipelined=True)
 
 
 def distance(op: str, plan: Plan, k: int, n: int, multiprocessors: int = 132) -> float:

@@ -50,7 +50,7 @@ extern "C" __global__ void __launch_bounds__(Plan::THREADS, MIRAGE_OCCUPANCY) rm
     }
   };
   float sum_0[Plan::TOKEN_TILES] = {};
-  gemm.run(load_step, [&](int step, int c, Fragments<Plan> const &f) {
+  auto prologue = [&](int step, int c, Fragments<Plan> const &f) {
     float X[kVector], G[kVector], operand[kVector];
     unpack(f.input[0][c], X);
     unpack(f.vector[0], G);
@@ -61,7 +61,9 @@ extern "C" __global__ void __launch_bounds__(Plan::THREADS, MIRAGE_OCCUPANCY) rm
       operand[e] = s_scaled;
     }
     return pack(operand);
-  });
+  };
+  if (MIRAGE_PIPELINED) gemm.run_pipelined(load_step, prologue);
+  else gemm.run(load_step, prologue);
   if (Plan::CLUSTER > 1) cluster_wait();  // the other blocks have started: their shared memory may be written
   MIRAGE_UNROLL
   for (int c = 0; c < Plan::TOKEN_TILES; ++c) store_row_sum<Plan>(shared, at, 0, c, sum_0[c]);

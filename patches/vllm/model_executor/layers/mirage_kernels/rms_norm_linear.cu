@@ -48,7 +48,7 @@ extern "C" __global__ void __launch_bounds__(Plan::THREADS, MIRAGE_OCCUPANCY) rm
     }
   };
   float sum_0[Plan::TOKEN_TILES] = {};
-  gemm.run(load_step, [&](int step, int c, Fragments<Plan> const &f) {
+  auto prologue = [&](int step, int c, Fragments<Plan> const &f) {
     float X[kVector], R[kVector], G[kVector], S_out[kVector], operand[kVector];
     unpack(f.input[0][c], X);
     unpack(f.input[1][c], R);
@@ -63,7 +63,9 @@ extern "C" __global__ void __launch_bounds__(Plan::THREADS, MIRAGE_OCCUPANCY) rm
     }
     store_output<Plan>(at, args.S, args.num_tokens, c, step, S_out);
     return pack(operand);
-  });
+  };
+  if (MIRAGE_PIPELINED) gemm.run_pipelined(load_step, prologue);
+  else gemm.run(load_step, prologue);
   if (Plan::CLUSTER > 1) cluster_wait();  // the other blocks have started: their shared memory may be written
   MIRAGE_UNROLL
   for (int c = 0; c < Plan::TOKEN_TILES; ++c) store_row_sum<Plan>(shared, at, 0, c, sum_0[c]);
