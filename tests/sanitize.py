@@ -31,6 +31,7 @@ GEMMS = [  # (op, K, N): a model's few and many columns, and a narrow shard whos
     ("linear_residual", 2048, 1024),
     ("linear_residual", 1024, 512),
 ]
+ALONE = [("rms_norm_linear", 1024, 4096), ("rms_norm_gate_up_silu", 1024, 3072)]
 HEADS = [(16, 8), (32, 8), (5, 1), (8, 1)]
 SMALL = 1 << 20  # elements of a weight
 SEQ_LENS = (0, 1, 16, 17, 100, 257)
@@ -45,10 +46,10 @@ def random(*size: int) -> torch.Tensor:
     return torch.randn(size).bfloat16().to(DEVICE)
 
 
-def run_gemm(op: str, k: int, n: int) -> int:
-    """The number of calls."""
+def run_gemm(op: str, k: int, n: int, alone: bool = False) -> int:
+    """The number of calls.  alone: with the plans for an op behind a stock one."""
     major, minor = torch.cuda.get_device_capability(DEVICE)
-    found = plans.plans_for("linear" if op == "linear_residual" else op, k, n, f"sm_{major}{minor}")
+    found = plans.plans_for("linear" if op == "linear_residual" else op, k, n, f"sm_{major}{minor}", alone)
     assert not isinstance(found, str), found
     kernel = mirage_kernels.prepare(op, k=k, n=n, dtype=torch.bfloat16, device=DEVICE, plans=found)
     assert not isinstance(kernel, str), kernel
@@ -93,6 +94,7 @@ def run_attention(heads: int, kv_heads: int, page: int) -> int:
 def main() -> None:
     small = "small" in sys.argv[1:]
     calls = sum(run_gemm(op, k, n) for op, k, n in GEMMS if not small or k * n <= SMALL)
+    calls += sum(run_gemm(op, k, n, alone=True) for op, k, n in ALONE)
     calls += sum(run_attention(*heads, page) for heads, page in zip(HEADS, (16, 32, 16, 32), strict=True))
     torch.cuda.synchronize()
     print(f"{calls} calls")

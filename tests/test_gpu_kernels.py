@@ -36,14 +36,16 @@ class Case(NamedTuple):
     op: str
     k: int
     n: int
+    alone: bool = False  # with the plans for an op behind a stock one
 
     def __str__(self):
-        return f"{self.op} {self.k}→{self.n}"
+        return f"{self.op} {self.k}→{self.n}{' alone' * self.alone}"
 
 
 def cases(*models):
-    """The different GEMMs of those models' layers; of some, also the projections that add the residual."""
+    """The different GEMMs of those models' layers, those with a norm also alone; of some, also the projections that add the residual."""
     found = [Case(*MODELS[model].gemm(op)) for model in models for op in GEMMS]
+    found += [case._replace(alone=True) for case in found if case.op != "linear"]
     adding = [adds_residual(Case(*MODELS[model].gemm(op))) for model in models if model in THOROUGH for op in PROJECTIONS]
     return list(dict.fromkeys(found + adding))
 
@@ -61,7 +63,7 @@ def prepare(case, dtype=torch.bfloat16):
     """The kernel with the shipped plans, whatever this user has measured. Skips a shape that is not in the table."""
     major, minor = torch.cuda.get_device_capability(DEVICE)
     table = plans.read_table(plans.TABLE).get(f"sm_{major}{minor}", {})
-    entries = table.get("linear" if case.op == "linear_residual" else case.op, {}).get(f"{case.k}x{case.n}")
+    entries = (table.get("alone", {}) if case.alone else table).get("linear" if case.op == "linear_residual" else case.op, {}).get(f"{case.k}x{case.n}")
     if not entries:
         pytest.skip(f"no plan of {case} for sm_{major}{minor}")
     found = [plans.Plan(**entry) for entry in entries]

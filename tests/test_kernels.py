@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The generated kernels without a GPU: their own source runs on the CPU, equals its μGraph, and compiles for every architecture."""
 
+import itertools
 import json
 import re
 import shutil
@@ -334,8 +335,8 @@ def test_the_body_depends_on_the_operators_alone():
 def table_plans():
     """(op, K, N, plan) for every plan of a GEMM in the shipped table."""
     for measured in plans.read_table(plans.TABLE).values():
-        for op in plans.GEMM_OPS:
-            for shape, entries in measured.get(op, {}).items():
+        for ops_of, op in itertools.product((measured, measured["alone"]), plans.GEMM_OPS):
+            for shape, entries in ops_of.get(op, {}).items():
                 k, n = map(int, shape.split("x"))
                 yield from ((op, k, n, plans.Plan(**entry)) for entry in entries)
 
@@ -385,6 +386,27 @@ def test_a_projection_adds_the_residual_only_where_that_was_measured(monkeypatch
     assert plans.plans_for("linear_residual", 2048, 1024, "sm_90") == plans.plans_for("linear", 2048, 1024, "sm_90")
     for shape in ((3072, 1024), (4096, 1024)):
         assert "nobody measured" in plans.plans_for("linear_residual", *shape, "sm_90")
+
+
+def test_behind_a_stock_op_the_plans_for_that_run_where_somebody_measured_them(monkeypatch, tmp_path):
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    shape, unmeasured = (4096, 6144, "sm_90"), (5120, 7168, "sm_90")
+    between = plans.plans_for("rms_norm_linear", *shape)
+    behind = plans.plans_for("rms_norm_linear", *shape, alone=True)
+    assert not isinstance(between, str) and not isinstance(behind, str)
+    assert behind != between and any(plan.warm for plan in behind) and not any(plan.warm for plan in between)
+    assert plans.plans_for("rms_norm_linear", *unmeasured, alone=True) == plans.plans_for("rms_norm_linear", *unmeasured)
+    plans.user_table().parent.mkdir(parents=True)
+    plans.user_table().write_text(json.dumps({"sm_90": {"alone": {"rms_norm_linear": {"4096x6144": []}}}}))
+    assert plans.plans_for("rms_norm_linear", *shape, alone=True) == "no kernel was faster than the stock path for 4096x6144 on sm_90"
+    assert plans.plans_for("rms_norm_linear", *shape) == between
+
+
+def test_a_table_leaves_out_what_is_as_in_most_plans():
+    chosen = plan()
+    [entry], [warm] = plans.to_table([chosen]), plans.to_table([replace(chosen, warm=512, pipelined=True)])
+    assert "warm" not in entry and "pipelined" not in entry and warm == {**entry, "warm": 512, "pipelined": True}
+    assert plans.Plan(**entry) == chosen
 
 
 def test_no_plan_divides_a_shape_of_odd_size():

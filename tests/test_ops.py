@@ -313,7 +313,8 @@ def test_without_a_kernel_the_reason_is_kept(ops, use, monkeypatch):
         prepare_gemm("rms_norm_linear", k=64, n=128, **place)
         prepare_attention(4, 2, **place, max_context=512)
     attention = {"heads": 4, "kv_heads": 2, **place}
-    assert asked == [(("rms_norm_linear",), {"k": 64, "n": 128, **place}), ((), {**attention, "max_context": 512})]
+    gemm = {"k": 64, "n": 128, **place, "alone": False}
+    assert asked == [(("rms_norm_linear",), gemm), ((), {**attention, "max_context": 512})]
     for longest in (1024, 1024, 512):  # an engine for longer contexts, and its draft model for shorter ones
         prepare_attention(4, 2, **place, max_context=longest)
     assert asked[2:] == [((), {**attention, "max_context": 1024})]
@@ -996,6 +997,37 @@ def test_single_ops_can_be_chosen(ops, use, build_layer, monkeypatch, op):
         assert ("VLLM_MIRAGE_OPS" in entry["reason"]) == (entry["op"] != op)
 
 
+@pytest.mark.parametrize(
+    ("chosen", "alone"),
+    [
+        ("all", set()),
+        ("norm_qkv", {"norm_qkv"}),
+        ("norm_qkv,down_proj", {"down_proj"}),  # the norm runs behind the down_proj of the layer before
+        ("norm_qkv,attention,o_proj", {"norm_qkv"}),
+        ("o_proj,norm_gate_up", {"o_proj"}),
+    ],
+)
+def test_an_op_behind_a_stock_one_asks_for_the_plans_for_that(ops, use, build_layer, monkeypatch, chosen, alone):
+    use("1")
+    monkeypatch.setenv("VLLM_MIRAGE_OPS", chosen)
+    asked = {}
+
+    def prepare(op, k, n, dtype, device, alone=False):
+        asked[op, k] = alone
+        return "asked"
+
+    monkeypatch.setattr(ops.mirage_ops, "prepare_gemm", prepare)
+    layer = build_layer(layer_class(), attention=True)
+    keys = {
+        "norm_qkv": ("rms_norm_linear", HIDDEN),
+        "o_proj": ("linear", layer.self_attn.o_proj.weight.shape[1]),
+        "norm_gate_up": ("rms_norm_gate_up_silu", HIDDEN),
+        "down_proj": ("linear", layer.mlp.down_proj.weight.shape[1]),
+    }
+    fused = [op for op in GEMM_OPS if op in layer.fused]
+    assert {op for op in fused if asked[keys[op]]} == alone
+
+
 def test_on_a_gpu_an_op_without_a_kernel_is_stock(ops, use, build_layer, monkeypatch):
     use("1")
     cuda = SimpleNamespace(is_cuda=lambda: True, is_cpu=lambda: False)
@@ -1096,7 +1128,7 @@ NO_ADAPTIVE = SimpleNamespace(enable_adaptive_verification=False)  # all that bu
 
 
 def _shorter_kernels(ops, monkeypatch, engine_config):
-    monkeypatch.setattr(ops.FusedRMSNormQKV, "prepare", lambda self: SimpleNamespace(name="longer", max_tokens=64))
+    monkeypatch.setattr(ops.FusedRMSNormQKV, "prepare", lambda self, alone=False: SimpleNamespace(name="longer", max_tokens=64))
 
 
 @pytest.mark.parametrize(

@@ -107,11 +107,78 @@ def test_the_tables_plans_stay_where_they_are_faster_together(monkeypatch):
     assert {tuner.plan[op].warps for op in layer.GEMMS} == {16}
 
 
+@pytest.fixture
+def alone(monkeypatch):
+    """alone(in_a_stock_step): plans of o_proj and of norm_qkv behind a stock op, and the report; µs that a kernel gains in such a step."""
+
+    class StockStep(MadeUpStep):
+        def time_us(self, kernels, replays=7, layers=16):
+            assert set(kernels) == set(layer.OPS)
+            gained = [given["gains"][self.num_tokens] for kernel in kernels.values() if kernel is not None]
+            assert len(gained) <= 1
+            return 50.0 - sum(gained)
+
+    given: dict[str, Any] = {}
+    by_itself = {("split", False): 7.0, ("fused", False): 6.9, ("fused", True): 6.8}
+
+    def time_us(self, kernel, replays=5):
+        if kernel is None:
+            return STOCK_US
+        plan = kernel.plan
+        return by_itself[plan.schedule, plan.pipelined] - {0: 0, 256: 0.3, 512: 0.5, 1024: -1}[plan.warm] - 0.01 * plan.warps
+
+    def prepare(self, op, device, plans, overlap=True):
+        return SimpleNamespace(plan=plans[0], answer=1.5 if plans[0].warps == 16 else 1.001)
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(L2_cache_size=0))
+    monkeypatch.setattr(tune, "Step", StockStep)
+    monkeypatch.setattr(tune.Alone, "time_us", time_us)
+    monkeypatch.setattr(layer.LayerShape, "prepare", prepare)
+
+    def run(op, gains):
+        given["gains"] = dict(zip(tune.LIMITS, gains, strict=False))
+        return tune.tune_alone(SHAPE, op, GPU, 64)
+
+    return run
+
+
+def test_behind_a_stock_op_the_plan_that_is_fastest_by_itself_runs_with_its_weights_warmed(alone):
+    found, lines = alone("norm_qkv", (1.0,) * len(tune.LIMITS))
+    assert [plan.max_num_tokens for plan in found] == list(tune.LIMITS)[: len(found)] and len(found) >= 4
+    assert {(plan.schedule, plan.warm) for plan in found} == {("split", 512)} and found[0].warps == 8  # 16 are faster, and wrong
+    assert "alone  10.00 →   6.42 µs, in a stock step   50.00 →   49.00, split grid" in lines[0]
+    assert {plan.warm for plan in alone("o_proj", (1.0,) * len(tune.LIMITS))[0]} == {0}  # there is no norm kernel
+
+
+def test_behind_a_stock_op_kernels_end_where_a_stock_step_gains_nothing(alone):
+    found, lines = alone("norm_qkv", (1.0, 0.5, -0.1, 1.0))
+    assert [plan.max_num_tokens for plan in found] == [1, 8]
+    assert len(lines) == 3 and "in a stock step   50.00 →   50.10" in lines[2]
+
+
+def test_both_measures_reach_the_table_each_where_it_belongs(monkeypatch, tmp_path):
+    monkeypatch.setattr(tune, "compile_all", lambda *_: None)
+    monkeypatch.setattr(tune, "known_shapes", lambda: {"small": SHAPE})
+    monkeypatch.setattr(tune.Gpu, "current", staticmethod(lambda: GPU))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "made up")
+    monkeypatch.setattr(tune, "tune_shape", lambda *_: (chosen(1, 8), []))
+    monkeypatch.setattr(tune, "projections_add", lambda *_: (False, []))
+    monkeypatch.setattr(tune, "tune_alone", lambda shape, op, *_: (chosen(1, warps=8)[op], [f"alone {op}"]))
+    output = tmp_path / "plans.json"
+    for measures in (["alone"], ["step"]):  # the second keeps what the first found
+        assert tune.run(argparse.Namespace(models=["small"], candidates=1, measures=measures, output=str(output))) == 0
+        table = json.loads(output.read_text())["sm_90"]
+        assert ("linear" in table) == (measures == ["step"])
+    kind, k, n = SHAPE.gemm("norm_qkv")
+    [entry] = table["alone"][kind][f"{k}x{n}"]
+    assert entry["warps"] == 8 and [entry["warps"] for entry in table[kind][f"{k}x{n}"]] == [4, 4]
+
+
 def test_an_op_ends_where_the_stock_path_is_faster(tuned):
     table, printed = tuned
     _, k, n = SHAPE.gemm("down_proj")
     assert [entry["max_num_tokens"] for entry in table["linear"][f"{k}x{n}"]] == [1, 8, 16]
-    limits = [(entry["max_num_tokens"], entry["max_context"]) for entry in table["decode_attention"]["4x2"]]
+    limits = [(entry["max_num_tokens"], entry.get("max_context")) for entry in table["decode_attention"]["4x2"]]
     assert limits == [(1, None), (2, None), (4, None), (8, 4096)]  # beyond, it loses at long contexts
     assert "attention  16 requests: stock path from here on" in printed
 

@@ -13,7 +13,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 TABLE = Path(__file__).parent / "plans.json"
@@ -234,8 +234,8 @@ def _measured(op: str, shape: str, arch: str, alone: bool = False) -> list[dict]
 
 
 def to_table(plans: Iterable[Plan] | Iterable[AttentionPlan]) -> list[dict]:
-    """Plans as the table holds them: without what is 0 in most."""
-    return [{name: value for name, value in asdict(plan).items() if (name, value) != ("warm", 0)} for plan in plans]
+    """Plans as the table holds them: without what is as in most."""
+    return [{field.name: value for field in fields(plan) if (value := getattr(plan, field.name)) != field.default} for plan in plans]
 
 
 def candidates(
