@@ -63,7 +63,8 @@ def prepare(case, dtype=torch.bfloat16):
     """The kernel with the shipped plans, whatever this user has measured. Skips a shape that is not in the table."""
     major, minor = torch.cuda.get_device_capability(DEVICE)
     table = plans.read_table(plans.TABLE).get(f"sm_{major}{minor}", {})
-    entries = (table.get("alone", {}) if case.alone else table).get("linear" if case.op == "linear_residual" else case.op, {}).get(f"{case.k}x{case.n}")
+    op = "linear" if case.op == "linear_residual" else case.op
+    entries = (table.get("alone", {}) if case.alone else table).get(op, {}).get(f"{case.k}x{case.n}")
     if not entries:
         pytest.skip(f"no plan of {case} for sm_{major}{minor}")
     found = [plans.Plan(**entry) for entry in entries]
