@@ -86,6 +86,19 @@ def kernel_table() -> list[str]:
     return table("`norm_qkv` by itself, tokens", list(batches), lines)
 
 
+def bench_table() -> list[str]:
+    """BENCHMARK_GUIDE: what `vllm bench serve` says of a server of each arm."""
+    results = json.loads((RESULTS / "bench-serve.json").read_text())["results"]
+    columns = {"median_tpot_ms": 2, "output_throughput": 0, "median_ttft_ms": 1}
+    lines = []
+    for model, arms in results.items():
+        cells = [f"{arms['stock'][name]:.{digits}f} → {arms['mirage'][name]:.{digits}f}" for name, digits in columns.items()]
+        cells[0] += f" ({arms['stock']['median_tpot_ms'] / arms['mirage']['median_tpot_ms']:.2f}×)"
+        lines.append([f"Qwen3-{model}", *cells])
+    heads = ["time per output token, ms (median)", "output tokens/s", "time to first token, ms (median)"]
+    return table("`vllm bench serve`, 4 requests at a time", heads, lines)
+
+
 if __name__ == "__main__":
-    for made in (step_table, context_table, serve_table, kernel_table):
+    for made in (step_table, context_table, serve_table, kernel_table, bench_table):
         print(made.__doc__, *made(), "", sep="\n")
