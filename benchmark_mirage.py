@@ -22,6 +22,7 @@ import contextlib
 import functools
 import importlib
 import importlib.util
+import inspect
 import itertools
 import json
 import math
@@ -455,7 +456,8 @@ class Bench:
         """One fused op of one layer on `batch` tokens in bf16: µs of each round, errors against float64, µs of a bare read.
 
         Weights (or KV caches) rotate through more than the L2 holds, so that each call reads them from memory as in a
-        model. All sides are replayed as CUDA graphs in turn. Kernels run the plans for an op whose neighbours are stock.
+        model. All sides are replayed as CUDA graphs in turn. Kernels run the plans for an op behind a stock
+        one, where those were measured.
         """
         import torch
 
@@ -463,6 +465,8 @@ class Bench:
             kernels = importlib.import_module("vllm.model_executor.layers.mirage_kernels")
         except ImportError as error:
             return {"reason": f"no kernels are installed ({error})"}
+        if "alone" not in inspect.signature(kernels.prepare).parameters:
+            return {"reason": "the installed overlay is older than this script: run ./install.sh again"}
         layer = importlib.import_module("mirage_codegen.layer")
         shape, device = layer.MODELS[size], torch.device(DEVICE)
         # a kernel that overlaps with its own last run starts on a GPU that is half its own: that is a second column

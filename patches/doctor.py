@@ -224,7 +224,7 @@ def check_plans(machine: Machine) -> Result:
         return FAIL, str(error)
     if machine.arch is None:
         return WARN, f"for {', '.join(sorted(own.keys() | shipped.keys()))}; none is used without a GPU."
-    if machine.arch in own:
+    if own.get(machine.arch, {}).keys() - {"alone", "measured"}:
         return OK, f"for {machine.arch}, measured on this machine ({plans.user_table()})"
     if machine.arch in shipped:
         return OK, f"for {machine.arch}, shipped"

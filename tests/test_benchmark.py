@@ -513,7 +513,7 @@ def test_the_kernel_level_checks_both_sides_against_float64(monkeypatch: pytest.
             normed, stream = layer.stock_norm(hidden, residual, gamma)
             return 2 * torch.nn.functional.linear(normed, weight), stream
 
-    package = SimpleNamespace(prepare=lambda op, **_: TwiceTooLarge())
+    package = SimpleNamespace(prepare=lambda op, alone, **_: TwiceTooLarge())
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(__path__=[], __spec__=None))
     for name in ("vllm.model_executor", "vllm.model_executor.layers"):
         monkeypatch.setitem(sys.modules, name, SimpleNamespace(__path__=[], __spec__=None))
@@ -536,6 +536,8 @@ def test_the_kernel_level_checks_both_sides_against_float64(monkeypatch: pytest.
     assert answer["overlapping"] == answer["bare_read"] == 8 / 96
     assert len(set(read)) == 4 and read == read[:4] * (len(read) // 4)  # the copies in turn
     assert "kernels end at 16 tokens" in bench.Bench().kernel(batch=17, **case)["reason"]
+    package.prepare = lambda op, **_: TwiceTooLarge()  # of an overlay that was installed before plans behind a stock op
+    assert "older than this script" in bench.Bench().kernel(batch=2, **case)["reason"]
 
 
 # --- the bare read

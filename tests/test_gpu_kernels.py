@@ -43,9 +43,9 @@ class Case(NamedTuple):
 
 
 def cases(*models):
-    """The different GEMMs of those models' layers, those with a norm also alone; of some, also the projections that add the residual."""
+    """The different GEMMs of those models' layers, also alone; of some, also the projections that add the residual."""
     found = [Case(*MODELS[model].gemm(op)) for model in models for op in GEMMS]
-    found += [case._replace(alone=True) for case in found if case.op != "linear"]
+    found += [case._replace(alone=True) for case in found]
     adding = [adds_residual(Case(*MODELS[model].gemm(op))) for model in models if model in THOROUGH for op in PROJECTIONS]
     return list(dict.fromkeys(found + adding))
 

@@ -44,7 +44,7 @@ def nvrtc():
 
 def plan(tokens=8, grid=2, forloop=4, cluster=1, warps=4, stages=2, prefetch=0, schedule="split", pipelined=False):
     early = stages if schedule == "split" else 0
-    return plans.Plan(tokens, schedule, grid, forloop, cluster, warps, stages, early, prefetch, 1, pipelined)
+    return plans.Plan(tokens, schedule, grid, forloop, cluster, warps, stages, early, prefetch, 1, pipelined=pipelined)
 
 
 def graph_for(op: str, k: int, n: int, chosen: plans.Plan) -> MuGraph:
@@ -177,6 +177,7 @@ def pipelined(**shape):
         ("rms_norm_linear", 640, 64, 7, pipelined(forloop=5, stages=2)),  # steps that no whole number of rounds holds
         ("rms_norm_linear", 1280, 64, 5, pipelined(forloop=5, stages=4)),  # the same of ten in pairs
         ("rms_norm_linear", 768, 64, 5, replace(pipelined(forloop=6), early=1)),  # some weights asked for early
+        ("rms_norm_linear", 768, 64, 6, replace(pipelined(forloop=6), early=2)),  # all
         ("rms_norm_linear", 1024, 96, 13, pipelined(tokens=16, grid=3, cluster=2, forloop=8, stages=1)),
         ("rms_norm_linear", 1024, 64, 23, pipelined(tokens=24, grid=1, cluster=4, forloop=8, stages=4)),
         ("rms_norm_linear_first", 640, 64, 5, pipelined(forloop=5, stages=4)),
@@ -191,7 +192,10 @@ def pipelined(**shape):
 def test_a_pipelined_kernel_equals_the_plain_one(folder, op, k, n, num_tokens, chosen, delayed):
     graph = graph_for(op, k, n, chosen)
     forms = [replace(chosen, pipelined=form) for form in (True, False)]
-    kernels = [emulate.EmulatedKernel(lower.lower(graph), form.defines(k, n), folder) for form in forms]
+    assert [form.defines(k, n)["MIRAGE_PIPELINED"] for form in forms] == [1, 0]
+    kernel = lower.lower(graph)
+    assert "if (MIRAGE_PIPELINED) gemm.run_pipelined(" in kernel.source
+    kernels = [emulate.EmulatedKernel(kernel, form.defines(k, n), folder) for form in forms]
     arguments = draw(graph, num_tokens)
     reference = expected(graph, arguments, num_tokens)
     results = [run(kernel, graph, arguments, num_tokens, delayed=delayed, seed=seed) for seed, kernel in enumerate(kernels)]
@@ -221,9 +225,9 @@ def test_row_kernel_equals_its_graph(folder, op, k):
 
 
 @needs_gxx
-@pytest.mark.parametrize("warm", [0, 16, 512])
-def test_a_row_kernel_warms_the_start_of_every_row_of_the_next_weights_once(folder, warm):
-    k, next_rows = 256, 150  # more rows than blocks, fewer than threads
+@pytest.mark.parametrize(("warm", "next_rows"), [(0, 150), (16, 150), (512, 150), (16, 5000)])  # 5000: more than there are threads
+def test_a_row_kernel_warms_the_start_of_every_row_of_the_next_weights_once(folder, warm, next_rows):
+    k = 256
     graph = ops.load_for("rms_norm", ops.Shape(8, k, k, 8, 1))
     kernel = emulate.EmulatedKernel(lower.lower(graph), row_macros(k, next_rows, warm), folder)
     weights = emulate.poisoned((next_rows, k))
@@ -398,8 +402,11 @@ def test_behind_a_stock_op_the_plans_for_that_run_where_somebody_measured_them(m
     assert plans.plans_for("rms_norm_linear", *unmeasured, alone=True) == plans.plans_for("rms_norm_linear", *unmeasured)
     plans.user_table().parent.mkdir(parents=True)
     plans.user_table().write_text(json.dumps({"sm_90": {"alone": {"rms_norm_linear": {"4096x6144": []}}}}))
-    assert plans.plans_for("rms_norm_linear", *shape, alone=True) == "no kernel was faster than the stock path for 4096x6144 on sm_90"
+    none = "no kernel was faster than the stock path for 4096x6144 on sm_90"
+    assert plans.plans_for("rms_norm_linear", *shape, alone=True) == none
     assert plans.plans_for("rms_norm_linear", *shape) == between
+    plans.user_table().write_text(json.dumps({"sm_90": {"rms_norm_linear": {"4096x6144": []}}}))  # what this GPU says wins
+    assert plans.plans_for("rms_norm_linear", *shape, alone=True) == plans.plans_for("rms_norm_linear", *shape) == none
 
 
 def test_a_table_leaves_out_what_is_as_in_most_plans():

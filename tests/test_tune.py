@@ -156,6 +156,16 @@ def test_behind_a_stock_op_kernels_end_where_a_stock_step_gains_nothing(alone):
     assert len(lines) == 3 and "in a stock step   50.00 →   50.10" in lines[2]
 
 
+@pytest.mark.parametrize(("between_us", "taken"), [(47.0, "between"), (47.8, "alone"), (50.5, "alone")])  # alone: 48 µs of 50
+def test_behind_a_stock_op_the_plan_between_kernels_stays_where_it_makes_that_step_notably_faster(alone, monkeypatch, between_us, taken):
+    between = plans.Plan(1, "split", 2, 4, 1, 8, 2, 2, 0, 1)
+    monkeypatch.setattr(plans, "plans_for", lambda *_: [between])
+    times = lambda shape, op, limit, gpu, tried: {None: 50.0, **dict.fromkeys(tried[1:], 48.0), between: between_us}  # noqa: E731
+    monkeypatch.setattr(tune, "times_in_a_stock_step", times)
+    found, _ = alone("norm_qkv", ())
+    assert (found[0] == between) == (taken == "between")
+
+
 def test_both_measures_reach_the_table_each_where_it_belongs(monkeypatch, tmp_path):
     monkeypatch.setattr(tune, "compile_all", lambda *_: None)
     monkeypatch.setattr(tune, "known_shapes", lambda: {"small": SHAPE})

@@ -359,8 +359,9 @@ class FusedRMSNormGateUpSiLU(_StandIn):
         return layer.mlp.gate_up_proj
 
     def prepare(self, alone: bool = False) -> Any:
-        (rows, k), dtype, device = self.proj.weight.shape, self.proj.weight.dtype, self.proj.weight.device
-        return mirage_ops.prepare_gemm("rms_norm_gate_up_silu", k, rows // 2, dtype, device, alone)
+        weight = self.proj.weight
+        rows, k = weight.shape
+        return mirage_ops.prepare_gemm("rms_norm_gate_up_silu", k, rows // 2, weight.dtype, weight.device, alone)
 
     def __call__(self, hidden_states: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """hidden_states, residual: [num_tokens, hidden] → (silu(gate)·up [num_tokens, intermediate], the new residual)."""
@@ -505,7 +506,7 @@ BEFORE = {
 
 
 def _plan_op(op: str, name: str, layer: Any, reason: str | None, alone: bool) -> LayerPlan:
-    """reason: why it must stay stock.  alone: the op before it is stock."""
+    """reason: why it must stay stock.  alone: the op before it may not be fused; one that may and has no kernel counts as fused."""
     fused, kernel = None, None
     if reason is None:
         fused = _stand_in(op, layer)
@@ -521,7 +522,7 @@ def _plan_op(op: str, name: str, layer: Any, reason: str | None, alone: bool) ->
     return LayerPlan(name, op, weakref.ref(layer), fused, kernel, reason)
 
 
-NORM_BEHIND = {"o_proj": "norm_gate_up", "down_proj": "norm_qkv"}  # the latter of the next layer, which is like this one
+NORM_BEHIND = {BEFORE[norm]: norm for norm in ("norm_gate_up", "norm_qkv")}
 RESIDUAL = "linear_residual"  # the kernel op
 
 

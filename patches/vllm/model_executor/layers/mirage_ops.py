@@ -46,7 +46,8 @@ contexts: dict[tuple, int] = {}  # of an attention kernel's entry: the tokens th
 def prepare_gemm(op: str, k: int, n: int, dtype: torch.dtype, device: torch.device, alone: bool = False) -> Any:
     """Compile or load the kernel of a GEMM op (mirage_kernels.plans.GEMM_OPS) for weights [n, k] now, before any graph capture.
 
-    alone: it will run behind an op of the stock path.  Of layers that differ in this the first decides: plans differ in time alone.
+    alone: it will run behind an op of the stock path.  Of layers that differ in this the first decides for all: an op finds its kernel
+    by the shape.
     Returns the kernel, or a sentence saying why there is none.
     """
     shape = {"k": k, "n": n, "dtype": dtype, "device": device}

@@ -50,13 +50,14 @@ def prepare(
         found = plans if plans is not None else plans_for(op, k, n, arch, alone)
         if isinstance(found, str):
             return found
+        of_its_own = alone and plans is None and found != plans_for(op, k, n, arch)
         if dtype == torch.float16:  # an unscaled product leaves fp16's range: the norm must come first
             split = [plan if plan.schedule == "split" else heuristic(op, k, n, plan.max_num_tokens, arch) for plan in found]
             if None in split:
                 return f"no plan for float16 divides K {k} and N {n}"
             found = [plan for plan in split if plan is not None]
         kernel = kind(op, k, n, dtype, device, found, overlap)
-        if alone and plans is None and found != plans_for(op, k, n, arch):
+        if of_its_own:
             kernel.name += ", behind a stock op"
         return kernel
 

@@ -332,7 +332,7 @@ MIRAGE_DEVICE void cluster_barrier() {
 template <int K_, int THREADS_, int NEXT_ROWS_, int WARM_>
 struct RowSchedule {
   static constexpr int NEXT_ROWS = NEXT_ROWS_, WARM = WARM_;                    // rows of the next kernel's weights, bytes of each to warm
-  static constexpr int WARM_BLOCKS = WARM > 0 ? 64 : 0;                         // as fast as 120, faster than 24 (K 4096, N 6144, H200)
+  static constexpr int WARM_BLOCKS = WARM > 0 ? 64 : 0;                         // as fast as 120, 24 were slower at 1 token (K 4096, N 6144, H200)
   static constexpr int K = K_, THREADS = THREADS_, VECTORS_PER_THREAD = (K / kVector + THREADS - 1) / THREADS;
   static constexpr int WARPS = THREADS / kWarp, SHARED_BYTES = WARPS * 4;
   static_assert(K % kVector == 0 && THREADS % kWarp == 0, "a row is a whole number of 16-byte vectors");

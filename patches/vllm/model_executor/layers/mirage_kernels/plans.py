@@ -92,7 +92,7 @@ class Plan:
     """How one op runs for up to `max_num_tokens` tokens.
 
     schedule        "fused": one kernel, in which every block normalises all tokens for itself; "split": a norm kernel and a GEMM that
-                    streams its weights while the norm runs. Fused is faster for few tokens and small K.
+                    streams its weights while the norm runs. Fused is faster for few tokens.
     grid            clusters along N: each computes N / grid columns (× 2 for gate and up)
     forloop_range   iterations of the μGraph's loop over K
     cluster         blocks that share a cluster's iterations (sm_90 and up; 1 elsewhere)
@@ -224,12 +224,12 @@ def attention_heuristic(kv_heads: int, max_num_tokens: int, arch: str) -> Attent
 def _measured(op: str, shape: str, arch: str, alone: bool = False) -> list[dict] | str | None:
     """The table's entry for a shape, the user's before the shipped one; None if nobody measured it; a sentence if no kernel should run."""
     known: set[str] = set()
-    for between_stock, path in itertools.product((True, False) if alone else (False,), (user_table(), TABLE)):
+    for path in (user_table(), TABLE):
         ops = read_table(path).get(arch, {})
         known |= ops.keys()
-        entries = (ops.get("alone", {}) if between_stock else ops).get(op, {})
-        if shape in entries:
-            return entries[shape] or f"no kernel was faster than the stock path for {shape} on {arch}"
+        for entries in (ops.get("alone", {}), ops) if alone else (ops,):
+            if shape in entries.get(op, {}):
+                return entries[op][shape] or f"no kernel was faster than the stock path for {shape} on {arch}"
     return None if op in known else f"no plan is measured for {arch}; ./install.sh --tune measures them on this GPU"
 
 
