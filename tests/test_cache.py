@@ -22,9 +22,9 @@ COMPILE = """
 import hashlib, json, sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-import compiler
+import compiler, plans
 folder, go, compiled = Path(sys.argv[2]), Path(sys.argv[3]), []
-builds = [compiler.Build("rms_norm.cu", (("MIRAGE_K", 1024), ("MIRAGE_THREADS", 128)), "sm_90")]
+builds = [compiler.Build("rms_norm.cu", tuple(sorted(plans.row_defines(1024).items())), "sm_90")]
 compiler.nvrtc_version()
 (folder.parent / f"ready-{sys.argv[4]}").touch()
 while not go.exists():

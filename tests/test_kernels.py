@@ -180,10 +180,7 @@ def pipelined(**shape):
         ("rms_norm_linear", 768, 64, 6, replace(pipelined(forloop=6), early=2)),  # all
         ("rms_norm_linear", 1024, 96, 13, pipelined(tokens=16, grid=3, cluster=2, forloop=8, stages=1)),
         ("rms_norm_linear", 1024, 64, 23, pipelined(tokens=24, grid=1, cluster=4, forloop=8, stages=4)),
-        ("rms_norm_linear_first", 640, 64, 5, pipelined(forloop=5, stages=4)),
         ("rms_norm_linear_first", 768, 64, 9, pipelined(tokens=16, cluster=2, forloop=6, stages=1)),
-        ("rms_norm_gate_up_silu", 640, 64, 7, pipelined(forloop=5, stages=1)),
-        ("rms_norm_gate_up_silu", 768, 64, 11, pipelined(tokens=16, cluster=2, forloop=6, stages=2)),
         ("rms_norm_gate_up_silu", 896, 64, 3, pipelined(forloop=7, stages=4)),
         ("rms_norm_gate_up_silu_first", 640, 96, 11, pipelined(tokens=16, grid=3, forloop=5, stages=2)),
     ],
