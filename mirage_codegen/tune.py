@@ -17,7 +17,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -111,6 +111,31 @@ class Check:
         return None if error <= 1.1 * allowed else f"it errs {error:.2e}, stock {allowed:.2e}"
 
 
+def right_kernels(op: str, candidates: Iterable[Any], prepare: Callable[[Any], Any], check: Check) -> Iterator[tuple[Any, Any]]:
+    """The plans that this GPU can run and that are right, with their kernels, one after the other; a wrong one is said."""
+    for plan in candidates:
+        kernel = prepare(plan)
+        if isinstance(kernel, str):
+            continue  # it needs more registers or shared memory than this GPU has
+        if problem := check.wrong(op, kernel):
+            print(f"left out, please report it: {op} {plan}: {problem}")
+        else:
+            yield plan, kernel
+
+
+def in_table(shape: LayerShape, op: str, gpu: Gpu, alone: bool = False) -> list[plans.Plan]:
+    """The plans that this GPU would run now."""
+    found = plans.plans_for(*shape.gemm(op), gpu.arch, alone)
+    return found if isinstance(found, list) else []
+
+
+def for_limit(limit: int, known: Iterable[plans.Plan | None]) -> list[plans.Plan]:
+    """Those plans whose kernels take `limit` tokens in the tiles that they have, for that limit."""
+    tokens = plans.round_up(limit, plans.COLUMNS)
+    fitting = [plan for plan in known if plan is not None and plans.round_up(plan.max_num_tokens, plans.COLUMNS) == tokens]
+    return [replace(plan, max_num_tokens=limit) for plan in fitting]
+
+
 class Alone:
     """One op of a layer shape by itself: weights from memory, no overlap with its own next call."""
 
@@ -131,16 +156,8 @@ class Alone:
 
     def fastest(self, candidates: Iterable[plans.Plan], replays: int) -> list[tuple[float, plans.Plan]]:
         """Those that are right, by rising time."""
-        kernels = [(plan, self.prepare(plan)) for plan in dict.fromkeys(candidates)]
-        timed = []
-        for plan, kernel in kernels:
-            if isinstance(kernel, str):
-                continue  # it needs more registers or shared memory than this GPU has
-            if problem := self.check.wrong(self.op, kernel):
-                print(f"left out, please report it: {self.op} {plan}: {problem}")
-                continue
-            timed.append((self.time_us(kernel, replays), plan))
-        return sorted(timed, key=lambda entry: entry[0])
+        right = right_kernels(self.op, dict.fromkeys(candidates), self.prepare, self.check)
+        return sorted(((self.time_us(kernel, replays), plan) for plan, kernel in right), key=lambda entry: entry[0])
 
     def best(self, candidates: Iterable[plans.Plan]) -> tuple[float, plans.Plan] | None:
         """µs and plan of the fastest, the next kernel's weights warmed or not; None if no candidate is right."""
@@ -171,25 +188,15 @@ class Tuner:
     def candidates(self, op: str) -> list[Any]:
         if op == "attention":
             return list(attention_candidates(self.shape, self.limit, self.gpu))
-        kind, k, n = self.shape.gemm(op)
-        found = gemm_candidates(kind, k, n, self.limit, self.count, self.gpu)
-        for plan in (self.known.get(op), *self.in_table(op)):
-            if plan is not None and _same_tile(plan, self.limit):
-                found.append(replace(plan, max_num_tokens=self.limit))
+        found = gemm_candidates(*self.shape.gemm(op), self.limit, self.count, self.gpu)
+        found += for_limit(self.limit, (self.known.get(op), *in_table(self.shape, op, self.gpu)))
         return list(dict.fromkeys(found))
 
     def tune(self, op: str, candidates: list[Any]) -> None:
         """Keeps the plan of `op` that makes the step fastest, or the stock path."""
-        timed = []
         baseline = self.step.time_us({**self.kernels, op: None})
-        for plan in candidates:
-            kernel = self.shape.prepare(op, self.gpu.device, plans=[plan])
-            if isinstance(kernel, str):
-                continue  # it needs more registers or shared memory than this GPU has
-            if problem := self.check.wrong(op, kernel):
-                print(f"left out, please report it: {op} {plan}: {problem}")
-                continue
-            timed.append((self.step.time_us({**self.kernels, op: kernel}, replays=5), plan, kernel))
+        right = right_kernels(op, candidates, lambda plan: self.shape.prepare(op, self.gpu.device, plans=[plan]), self.check)
+        timed = [(self.step.time_us({**self.kernels, op: kernel}, replays=5), plan, kernel) for plan, kernel in right]
         timed.sort(key=lambda entry: entry[0])
         # the fastest few once more: the first of many candidates is partly the luckiest
         again = [(self.step.time_us({**self.kernels, op: kernel}, replays=15), plan, kernel) for _, plan, kernel in timed[:5]]
@@ -215,11 +222,8 @@ class Tuner:
             self.tune(op, self.candidates(op))
         for op in ("norm_gate_up", "down_proj", "norm_qkv", "o_proj"):
             self.tune(op, [plan for _, plan in self.ranked[op][:AGAIN]])
-        self.keep_if_better({op: plan for op in GEMMS for plan in self.in_table(op) if plan.max_num_tokens == self.limit})
-
-    def in_table(self, op: str) -> list[plans.Plan]:
-        found = plans.plans_for(*self.shape.gemm(op), self.gpu.arch)
-        return found if isinstance(found, list) else []
+        table = {op: in_table(self.shape, op, self.gpu) for op in GEMMS}
+        self.keep_if_better({op: plan for op in GEMMS for plan in table[op] if plan.max_num_tokens == self.limit})
 
     def keep_if_better(self, chosen: dict[str, plans.Plan]) -> None:
         """Takes these plans where they make the step faster. One op after the other ends in a local optimum: 0.6B's plans for 16 tokens
@@ -278,12 +282,9 @@ def tune_attention(shape: LayerShape, gpu: Gpu, kernels: dict[str, Any]) -> tupl
         contexts = (CONTEXT, *LONG_CONTEXTS)
         steps = [Step(shape, limit, context, gpu.device, copies) for context, copies in zip(contexts, (0, 2, 2), strict=True)]
         stock = [step.time_us({**others, "attention": None}) for step in steps]
-        timed, check = [], Check(steps[0])
-        for plan in attention_candidates(shape, limit, gpu):
-            kernel = shape.prepare("attention", gpu.device, plans=[plan])
-            if not isinstance(kernel, str) and not check.wrong("attention", kernel):
-                times = [step.time_us({**others, "attention": kernel}, replays=5) for step in steps]
-                timed.append((times, plan))
+        candidates = attention_candidates(shape, limit, gpu)
+        right = right_kernels("attention", candidates, lambda plan: shape.prepare("attention", gpu.device, plans=[plan]), Check(steps[0]))
+        timed = [([step.time_us({**others, "attention": kernel}, replays=5) for step in steps], plan) for plan, kernel in right]
         best, max_context = _fastest_fair(timed, stock, 1), None
         if best is None:
             best, max_context = _fastest_fair(timed, stock, 2), LONG_CONTEXTS[1]
@@ -322,8 +323,8 @@ def tune_shape(shape: LayerShape, gpu: Gpu, count: int) -> tuple[dict[str, list]
     return found, lines + more
 
 
-def tune_alone(shape: LayerShape, op: str, gpu: Gpu, count: int) -> tuple[list[plans.Plan], list[str]]:
-    """Plans of an op behind a stock one by rising limit, and a line of report for each.
+def tune_alone(shape: LayerShape, op: str, gpu: Gpu, count: int, between: list[plans.Plan]) -> tuple[list[plans.Plan], list[str]]:
+    """Plans of an op behind a stock one by rising limit, and a line of report for each. between: its plans between kernels.
 
     The plan that is fastest by itself, as long as it is faster than stock, also in a step whose other ops are stock: for 32 tokens the
     kernel of 8B's gate_up gained 5 % by itself and made such a step 2 % slower (H200). Where it makes that step notably slower than the
@@ -331,24 +332,22 @@ def tune_alone(shape: LayerShape, op: str, gpu: Gpu, count: int) -> tuple[list[p
     """
     found: list[plans.Plan] = []
     lines: list[str] = []
-    kind, k, n = shape.gemm(op)
-    between, behind = (plans.plans_for(kind, k, n, gpu.arch, alone) for alone in (False, True))
     for limit in LIMITS:
-        tables = [[] if isinstance(table, str) else [plan for plan in table if _same_tile(plan, limit)] for table in (between, behind)]
-        known, more = ([replace(plan, max_num_tokens=limit) for plan in table] for table in tables)
         alone = Alone(shape, op, limit, gpu)
         before = alone.time_us(None, 15)
-        best = alone.best([*gemm_candidates(kind, k, n, limit, count, gpu), *known, *more])
+        known = for_limit(limit, [*between, *in_table(shape, op, gpu, alone=True)])
+        best = alone.best([*gemm_candidates(*shape.gemm(op), limit, count, gpu), *known])
         if best is None:
             lines.append(f"  {op:12} {limit:3} tokens: no kernel, the stock path from here on")
             break
         spent, plan = best
         stock = statistics.median((before, alone.time_us(None, 15)))
-        in_step = times_in_a_stock_step(shape, op, limit, gpu, [None, plan, *known[-1:]])
-        if known and in_step[plan] * LOSS > in_step[known[-1]]:
-            plan = known[-1]
+        fallback = [replace(other, max_num_tokens=limit) for other in between if other.max_num_tokens >= limit][:1]  # what runs without
+        in_step = times_in_a_stock_step(shape, op, limit, gpu, [None, plan, *fallback])
+        if fallback and in_step[plan] * LOSS > in_step[fallback[0]]:
+            plan = fallback[0]
         faster = stock / spent >= WORTH and in_step[plan] <= in_step[None]
-        times = f"alone {stock:6.2f} → {spent:6.2f} µs, in a stock step {in_step[None]:7.2f} → {in_step[plan]:7.2f}"
+        times = f"fastest alone {stock:6.2f} → {spent:6.2f} µs, in a stock step {in_step[None]:7.2f} → {in_step[plan]:7.2f}"
         lines.append(f"  {op:12} {limit:3} tokens: {times}, {_short(plan) if faster else 'the stock path from here on'}")
         if not faster:
             break
@@ -362,11 +361,6 @@ def times_in_a_stock_step(shape: LayerShape, op: str, limit: int, gpu: Gpu, trie
     kernels = {plan: None if plan is None else shape.prepare(op, gpu.device, plans=[plan]) for plan in tried}
     runs = [[step.time_us({**dict.fromkeys(OPS), op: kernel}, replays=9) for kernel in kernels.values()] for _ in range(3)]
     return dict(zip(kernels, map(statistics.median, zip(*runs, strict=True)), strict=True))
-
-
-def _same_tile(plan: plans.Plan, limit: int) -> bool:
-    """Whether a plan's kernel takes `limit` tokens in the tiles that it has."""
-    return plans.round_up(plan.max_num_tokens, 8) == plans.round_up(limit, 8)
 
 
 def can_warm(plan: plans.Plan, op: str, gpu: Gpu) -> bool:
@@ -446,8 +440,10 @@ def run(arguments: argparse.Namespace) -> int:
         if "step" in arguments.measures:
             lines += _tune_in_the_step(name, shape, gpu, arguments.candidates, entries)
         for op in GEMMS if "alone" in arguments.measures else ():
-            found, more = tune_alone(shape, op, gpu, arguments.candidates)
             kind, k, n = shape.gemm(op)
+            measured = entries.get(kind, {}).get(f"{k}x{n}")  # just now, or in an earlier run into this table
+            between = in_table(shape, op, gpu) if measured is None else [plans.Plan(**entry) for entry in measured]
+            found, more = tune_alone(shape, op, gpu, arguments.candidates, between)
             entries.setdefault("alone", {}).setdefault(kind, {})[f"{k}x{n}"] = plans.to_table(found)
             lines += more
         print("\n".join([f"{name} ({time.perf_counter() - started:.0f} s)", *lines]), flush=True)

@@ -109,7 +109,7 @@ def test_the_tables_plans_stay_where_they_are_faster_together(monkeypatch):
 
 @pytest.fixture
 def alone(monkeypatch):
-    """alone(in_a_stock_step): plans of o_proj and of norm_qkv behind a stock op, and the report; µs that a kernel gains in such a step."""
+    """alone(op, gains, between): plans behind a stock op, and the report; gains: µs in a step whose other ops are stock, by limit."""
 
     class StockStep(MadeUpStep):
         def time_us(self, kernels, replays=7, layers=16):
@@ -135,9 +135,9 @@ def alone(monkeypatch):
     monkeypatch.setattr(tune.Alone, "time_us", time_us)
     monkeypatch.setattr(layer.LayerShape, "prepare", prepare)
 
-    def run(op, gains):
+    def run(op, gains, between=()):
         given["gains"] = dict(zip(tune.LIMITS, gains, strict=False))
-        return tune.tune_alone(SHAPE, op, GPU, 64)
+        return tune.tune_alone(SHAPE, op, GPU, 64, list(between))
 
     return run
 
@@ -158,11 +158,14 @@ def test_behind_a_stock_op_kernels_end_where_a_stock_step_gains_nothing(alone):
 
 @pytest.mark.parametrize(("between_us", "taken"), [(47.0, "between"), (47.8, "alone"), (50.5, "alone")])  # alone: 48 µs of 50
 def test_behind_a_stock_op_the_plan_between_kernels_stays_where_it_makes_that_step_notably_faster(alone, monkeypatch, between_us, taken):
-    between = plans.Plan(1, "split", 2, 4, 1, 8, 2, 2, 0, 1)
-    monkeypatch.setattr(plans, "plans_for", lambda *_: [between])
-    times = lambda shape, op, limit, gpu, tried: {None: 50.0, **dict.fromkeys(tried[1:], 48.0), between: between_us}  # noqa: E731
+    between, for_more = plans.Plan(1, "split", 2, 4, 1, 8, 2, 2, 0, 1), plans.Plan(8, "split", 4, 4, 1, 8, 2, 2, 0, 1)
+
+    def times(shape, op, limit, gpu, tried):
+        assert limit > 8 or tried[-1] == (between if limit == 1 else for_more)  # what would run without a plan of its own
+        return {None: 50.0, **dict.fromkeys(tried[1:], 48.0), between: between_us}
+
     monkeypatch.setattr(tune, "times_in_a_stock_step", times)
-    found, _ = alone("norm_qkv", ())
+    found, _ = alone("norm_qkv", (), [between, for_more])
     assert (found[0] == between) == (taken == "between")
 
 
@@ -173,7 +176,13 @@ def test_both_measures_reach_the_table_each_where_it_belongs(monkeypatch, tmp_pa
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "made up")
     monkeypatch.setattr(tune, "tune_shape", lambda *_: (chosen(1, 8), []))
     monkeypatch.setattr(tune, "projections_add", lambda *_: (False, []))
-    monkeypatch.setattr(tune, "tune_alone", lambda shape, op, *_: (chosen(1, warps=8)[op], [f"alone {op}"]))
+    between: dict[str, Any] = {}
+
+    def tune_alone(shape, op, gpu, count, plans_between):
+        between[op] = plans_between
+        return chosen(1, warps=8)[op], [f"alone {op}"]
+
+    monkeypatch.setattr(tune, "tune_alone", tune_alone)
     output = tmp_path / "plans.json"
     for measures in (["alone"], ["step"]):  # the second keeps what the first found
         assert tune.run(argparse.Namespace(models=["small"], candidates=1, measures=measures, output=str(output))) == 0
@@ -182,6 +191,8 @@ def test_both_measures_reach_the_table_each_where_it_belongs(monkeypatch, tmp_pa
     kind, k, n = SHAPE.gemm("norm_qkv")
     [entry] = table["alone"][kind][f"{k}x{n}"]
     assert entry["warps"] == 8 and [entry["warps"] for entry in table[kind][f"{k}x{n}"]] == [4, 4]
+    assert tune.run(argparse.Namespace(models=["small"], candidates=1, measures=["step", "alone"], output=str(tmp_path / "new.json"))) == 0
+    assert between == {op: chosen(1, 8)[op] for op in layer.GEMMS}  # those just found, which no table on disk has yet
 
 
 def test_an_op_ends_where_the_stock_path_is_faster(tuned):
