@@ -341,7 +341,7 @@ class _Gemm:
         yield f"      operand[e] = {operand};"
         yield "    }"
         for name in p.stored:
-            yield f"    store_output<Plan>(at, args.{name}, args.num_tokens, c, step, {name}_out);"
+            yield f"    store_output<Plan, MIRAGE_PIPELINED>(at, args.{name}, args.num_tokens, c, step, {name}_out);"
         yield "    return pack(operand);"
         yield "  };"
         yield "  if (MIRAGE_PIPELINED) gemm.run_pipelined(load_step, prologue);"

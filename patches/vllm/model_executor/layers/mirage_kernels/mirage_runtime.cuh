@@ -31,9 +31,6 @@ typedef unsigned long long uint64_t;
 #define MIRAGE_UNROLL _Pragma("unroll")
 #define MIRAGE_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
 #endif
-#ifndef MIRAGE_PIPELINED  // a kernel without a GEMM
-#define MIRAGE_PIPELINED 0
-#endif
 
 namespace mirage {
 
@@ -273,14 +270,14 @@ template <class S>
 MIRAGE_DEVICE Vec load_vector(Position<S> const &at, void const *tensor, int step) {
   return load_global(element(tensor, at.k(step)));
 }
-// An output [num_tokens, K] that every cluster knows in full: each writes the steps that fall to it.
-template <class S>
+// An output [num_tokens, K] that every cluster knows in full: each writes the steps that fall to it, PREDICATED inside run_pipelined.
+template <class S, bool PREDICATED>
 MIRAGE_DEVICE void store_output(Position<S> const &at, void *tensor, int num_tokens, int tile, int step, float const (&values)[kVector]) {
   const int token = tile * kColumns + at.lane / 4, k = at.k(step);
-  if (MIRAGE_PIPELINED) {
-    const bool mine = (token < num_tokens) & ((token * (S::K / kStep) + k / kStep) % S::GRID == at.cluster);
-    store_global_if(mine, element(tensor, static_cast<uint64_t>(token) * S::K + k), pack(values));
-  } else if (token < num_tokens && (token * (S::K / kStep) + k / kStep) % S::GRID == at.cluster) {
+  auto mine = [&] { return (token * (S::K / kStep) + k / kStep) % S::GRID == at.cluster; };
+  if (PREDICATED) {
+    store_global_if((token < num_tokens) & mine(), element(tensor, static_cast<uint64_t>(token) * S::K + k), pack(values));
+  } else if (token < num_tokens && mine()) {
     store_global(element(tensor, static_cast<uint64_t>(token) * S::K + k), pack(values));
   }
 }

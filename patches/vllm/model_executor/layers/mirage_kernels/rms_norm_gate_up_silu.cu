@@ -67,7 +67,7 @@ extern "C" __global__ void __launch_bounds__(Plan::THREADS, MIRAGE_OCCUPANCY) rm
       S_out[e] = S;
       operand[e] = s_scaled;
     }
-    store_output<Plan>(at, args.S, args.num_tokens, c, step, S_out);
+    store_output<Plan, MIRAGE_PIPELINED>(at, args.S, args.num_tokens, c, step, S_out);
     return pack(operand);
   };
   if (MIRAGE_PIPELINED) gemm.run_pipelined(load_step, prologue);
