@@ -42,7 +42,7 @@ What to do (default: install)
   --uninstall           put vLLM's own file back, byte for byte; vLLM itself and .venv stay
   --dry-run             print what would be done, change nothing
   --demo                install, then run test_mirage_qwen3.py on the tiny model
-  --tune                install, then tune the kernels for this machine's NVIDIA GPU (a minute or two for each model)
+  --tune                install, then tune the kernels for this machine's NVIDIA GPU (a few minutes for each model)
 
 Which vLLM
   --vllm-dir PATH       this vllm package folder, or a source tree that contains vllm/; nothing else is installed

@@ -64,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--check", action="store_true", help="change nothing; exit 1 and say what differs")
         command.set_defaults(function=function)
     command = commands.add_parser("tune", help=tune.__doc__)
-    models = "such as 0.6B, or 8B/2 for one of two tensor-parallel ranks (default: Qwen3 0.6B to 32B on one GPU, a minute or two each)"
+    models = "such as 0.6B, or 8B/2 for one of two tensor-parallel ranks (default: Qwen3 0.6B to 32B on one GPU, a few minutes each)"
     command.add_argument("--models", nargs="*", metavar="NAME", help=models)
     candidates = "plans tried for each op, schedule and token limit (default: 16)"
     command.add_argument("--candidates", type=_positive, default=16, metavar="N", help=candidates)

@@ -183,7 +183,7 @@ def check_gpu(machine: Machine) -> Result:
     listed = nvidia_smi()
     if machine.arch is None:
         if not listed:
-            return WARN, "no NVIDIA GPU: the PyTorch path will run, at stock vLLM's cost."
+            return WARN, "no NVIDIA GPU: with the switch on the PyTorch path will run, slower than stock vLLM; it serves testing."
         if isinstance(machine.torch, str) or machine.torch.version.cuda is None:
             return WARN, f"{listed} is there, but torch is not built for CUDA: the PyTorch path will run; install vLLM's CUDA build."
         return FAIL, f"torch cannot use {listed}; check CUDA_VISIBLE_DEVICES, and whether the driver is new enough for torch's CUDA."
@@ -228,7 +228,7 @@ def check_plans(machine: Machine) -> Result:
         return OK, f"for {machine.arch}, measured on this machine ({plans.user_table()})"
     if machine.arch in shipped:
         return OK, f"for {machine.arch}, shipped"
-    return WARN, f"none for {machine.arch}: the stock path will run; ./install.sh --tune measures them (a few minutes)."
+    return WARN, f"none for {machine.arch}: the stock path will run; ./install.sh --tune measures them (a few minutes for each model)."
 
 
 def check_cache(machine: Machine) -> Result:

@@ -413,6 +413,7 @@ class FusedAttention(_StandIn):
         return layer.self_attn.attn
 
     def prepare(self, alone: bool = False) -> Any:
+        """alone changes nothing: attention has one set of plans."""
         weight, config = self.attention.q_norm.weight, get_current_vllm_config_or_none()
         longest = 0 if config is None else config.model_config.max_model_len
         heads = self.attention.num_heads, self.attention.num_kv_heads
