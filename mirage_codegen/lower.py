@@ -278,7 +278,7 @@ class _Gemm:
         name, p = self.graph.name, self.prologue
         counts = f"{len(self.matmuls)}, {len(p.activations)}, {len(p.vectors)}, {len(p.row_sums)}"
         yield "using Plan = mirage::Schedule<MIRAGE_K, MIRAGE_N, MIRAGE_TOKENS, MIRAGE_GRID, MIRAGE_FORLOOP, MIRAGE_CLUSTER, MIRAGE_WARPS,"
-        yield f"                              MIRAGE_STAGES, MIRAGE_EARLY, MIRAGE_PREFETCH, MIRAGE_TILED, {counts}>;"
+        yield f"                              MIRAGE_STAGES, MIRAGE_EARLY, MIRAGE_PREFETCH, MIRAGE_TILED, MIRAGE_LINES, {counts}>;"
         yield ""
         yield from _launch_shape("Plan::GRID * Plan::CLUSTER", 0, "Plan::CLUSTER")
         yield ""
@@ -317,7 +317,7 @@ class _Gemm:
     def _run(self) -> Iterator[str]:
         p = self.prologue
         for i, _ in enumerate(p.row_sums):
-            yield f"  float sum_{i}[Plan::TOKEN_TILES] = {{}};"
+            yield f"  float sum_{i}[Plan::TOKEN_TILES][Plan::GROUP] = {{}};"
         values = p.values("e")
         operand = values.expression[self.operand]
         if not p.row_sums and not p.stored and operand == f"{p.activations[0]}[e]":  # nothing to compute: the fragment is the operand
@@ -335,7 +335,7 @@ class _Gemm:
         yield from (f"      {statement}" for statement in values.statements)
         for i, op in enumerate(p.row_sums):
             value = values.expression[op.inputs[0]]
-            yield f"      sum_{i}[c] += {value} * {value};"
+            yield f"      sum_{i}[c][step % Plan::GROUP] += {value} * {value};"
         for name in p.stored:
             yield f"      {name}_out[e] = {name};"
         yield f"      operand[e] = {operand};"

@@ -96,8 +96,10 @@ static void store(void *address, void const *value, int size) {
 static void load(void *value, void const *address, int size) {
   assert(reinterpret_cast<uintptr_t>(address) % size == 0);
   memcpy(value, address, size);
+  unsigned char const *from = static_cast<unsigned char const *>(address);
   for (Store &s : self->pending)  // a thread sees its own stores
-    if (s.address == address) memcpy(value, s.bytes, size);
+    for (int i = 0; i < s.size; ++i)
+      if (s.address + i >= from && s.address + i < from + size) static_cast<unsigned char *>(value)[s.address + i - from] = s.bytes[i];
 }
 static WarpExchange &my_warp() { return exchange[(self->block * threads_per_block + self->thread) / 32]; }
 static void run_fiber(Fiber &fiber) {
@@ -264,6 +266,13 @@ static inline float shuffle(float v, int from) {
   return other;
 }
 static inline float shuffle_xor(float v, int mask) { return shuffle(v, emulator::self->thread % 32 ^ mask); }
+static inline uint32_t shuffle_xor(uint32_t v, int mask) {
+  float bits;
+  memcpy(&bits, &v, 4);
+  bits = shuffle_xor(bits, mask);
+  memcpy(&v, &bits, 4);
+  return v;
+}
 static inline void block_barrier() {
   emulator::land_stores();
   emulator::switch_to_scheduler(emulator::kAtBlock);

@@ -42,9 +42,9 @@ def nvrtc():
         return str(error)
 
 
-def plan(tokens=8, grid=2, forloop=4, cluster=1, warps=4, stages=2, prefetch=0, schedule="split", pipelined=False):
+def plan(tokens=8, grid=2, forloop=4, cluster=1, warps=4, stages=2, prefetch=0, schedule="split", **form):
     early = stages if schedule == "split" else 0
-    return plans.Plan(tokens, schedule, grid, forloop, cluster, warps, stages, early, prefetch, 1, pipelined=pipelined)
+    return plans.Plan(tokens, schedule, grid, forloop, cluster, warps, stages, early, prefetch, 1, **form)
 
 
 def graph_for(op: str, k: int, n: int, chosen: plans.Plan) -> MuGraph:
@@ -198,6 +198,38 @@ def test_a_pipelined_kernel_equals_the_plain_one(folder, op, k, n, num_tokens, c
     results = [run(kernel, graph, arguments, num_tokens, delayed=delayed, seed=seed) for seed, kernel in enumerate(kernels)]
     assert worst_error(results[0], reference) < BF16
     for name in reference:  # the same sums in the same order
+        assert (results[0][name] == results[1][name]).all()
+
+
+@needs_gxx
+@pytest.mark.parametrize("delayed", [False, True])
+@pytest.mark.parametrize(
+    "op, k, n, num_tokens, chosen",
+    [
+        ("rms_norm_linear", 512, 64, 7, plan(forloop=2, schedule="fused")),
+        ("rms_norm_linear", 1024, 64, 13, plan(tokens=16, forloop=2, stages=4, schedule="fused")),  # two lines a warp in an iteration
+        ("rms_norm_linear", 1536, 64, 23, plan(tokens=24, forloop=6, cluster=2, schedule="fused")),
+        ("rms_norm_linear", 2048, 64, 1, replace(plan(forloop=8, cluster=4, schedule="fused"), early=1)),
+        ("rms_norm_linear_first", 1024, 64, 5, plan(forloop=4, schedule="fused")),
+        ("rms_norm_gate_up_silu", 512, 64, 11, plan(tokens=16, forloop=2, schedule="fused")),
+        ("linear", 1024, 96, 32, plan(tokens=32, grid=3, forloop=4, cluster=2)),
+        ("linear_residual", 1024, 64, 3, plan(forloop=4)),
+        ("rms_norm_linear", 256, 64, 7, pipelined(forloop=1)),  # one line
+        ("rms_norm_linear", 1280, 64, 6, pipelined(forloop=5)),
+        ("rms_norm_linear", 2048, 96, 13, replace(pipelined(tokens=16, grid=3, cluster=2, forloop=8, stages=4), early=3)),
+        ("rms_norm_gate_up_silu_first", 1536, 64, 9, pipelined(tokens=16, forloop=6, stages=4)),  # lines that no whole number of rounds holds
+    ],
+    ids=lambda value: value if isinstance(value, (str, int)) else f"{value.grid}x{value.cluster}-{value.stages}",
+)
+def test_a_kernel_that_reads_whole_lines_equals_its_graph(folder, op, k, n, num_tokens, chosen, delayed):
+    graph = graph_for(op, k, n, chosen)
+    kernel = lower.lower(graph)
+    arguments = draw(graph, num_tokens)
+    reference = expected(graph, arguments, num_tokens)
+    forms = [emulate.EmulatedKernel(kernel, replace(chosen, lines=lines).defines(k, n), folder) for lines in (True, False)]
+    results = [run(form, graph, arguments, num_tokens, delayed=delayed, seed=seed) for seed, form in enumerate(forms)]
+    assert worst_error(results[0], reference) < BF16
+    for name in {"S", *(("O",) if "norm" not in op else ())} & reference.keys():  # sums over rows are added in another order
         assert (results[0][name] == results[1][name]).all()
 
 

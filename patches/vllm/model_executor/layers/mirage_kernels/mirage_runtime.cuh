@@ -137,6 +137,7 @@ MIRAGE_DEVICE float exp2_fast(float x) {
 }
 MIRAGE_DEVICE float shuffle(float v, int lane) { return __shfl_sync(0xffffffffu, v, lane); }
 MIRAGE_DEVICE float shuffle_xor(float v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
+MIRAGE_DEVICE uint32_t shuffle_xor(uint32_t v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
 MIRAGE_DEVICE void block_barrier() { __syncthreads(); }
 
 // ------------------------------------------------------------------------------------------------ cluster and launch order
@@ -199,11 +200,13 @@ MIRAGE_DEVICE Vec pack(float const (&in)[kVector]) {
 // ------------------------------------------------------------------------------------------------ schedule
 // Everything that the plan and the muGraph's grid, for-loop range and tile maps decide. Lengths are in elements.
 template <int K_, int N_, int TOKENS_, int GRID_, int FORLOOP_, int CLUSTER_, int WARPS_, int STAGES_, int EARLY_, int PREFETCH_,
-          int TILED_, int GEMMS_, int INPUTS_, int VECTORS_, int ROW_SUMS_>
+          int TILED_, int LINES_, int GEMMS_, int INPUTS_, int VECTORS_, int ROW_SUMS_>
 struct Schedule {
   static constexpr int K = K_, N = N_, TOKENS = TOKENS_, GRID = GRID_, FORLOOP = FORLOOP_, CLUSTER = CLUSTER_, WARPS = WARPS_;
   static constexpr int THREADS = WARPS * kWarp;
   static constexpr bool TILED = TILED_;                                         // activations lie in tiles, as a norm kernel leaves them
+  static constexpr bool LINES = LINES_;                                         // activations lie in rows and are read as whole lines
+  static constexpr int GROUP = LINES ? 2 : 1;                                   // steps whose activations are read together
   static constexpr int GEMMS = GEMMS_;                                          // weight tiles that share the activations
   static constexpr int INPUTS = INPUTS_;                                        // activation tensors [num_tokens, K]
   static constexpr int VECTORS = VECTORS_;                                      // weight vectors [K]
@@ -223,6 +226,7 @@ struct Schedule {
   static_assert(N % GRID == 0 && ROWS % kRowTile == 0, "grid must divide N into tiles of 16 rows");
   static_assert(K % FORLOOP == 0 && FORLOOP % CLUSTER == 0 && UNITS * WARPS * kStep == K_ITERATION, "for-loop range must divide K into warps x 32");
   static_assert(ROWS % (2 * CLUSTER) == 0, "a cluster's blocks share its rows in pairs");
+  static_assert(!LINES || (!TILED && UNITS % 2 == 0 && STAGES % 2 == 0), "a line of a row is two neighbouring steps");
 
   // shared memory, used at the end only: partial sums of the warps | row sums of the warps and blocks | partial sums of the blocks
   static constexpr int PITCH = GEMMS * ROWS + 4;                                // 4 mod 16 words: the four lanes of a row hit different banks
@@ -232,7 +236,8 @@ struct Schedule {
   static constexpr int SHARED_BYTES = CLUSTER_OFFSET + (CLUSTER > 1 ? TOKENS * GEMMS * ROWS * 4 : 0);
 };
 
-// Where this thread stands. A fragment's 16 bytes: row (weight row, token) lane / 4, k lane % 4 * 8 and on, of a step's 32.
+// Where this thread stands. A fragment's 16 bytes: row (weight row, token) lane / 4, k lane % 4 * 8 and on, of a step's 32. Whole lines of
+// activations: of two steps the first reads the even tokens of a tile, the second the odd ones, each k lane % 8 * 8 and on of both steps' 64.
 template <class S>
 struct Position {
   int thread, lane, warp, rank, cluster, first_k;
@@ -240,6 +245,8 @@ struct Position {
       : thread(threadIdx.x), lane(threadIdx.x % kWarp), warp(threadIdx.x / kWarp), rank(S::CLUSTER > 1 ? cluster_rank() : 0),
         cluster(blockIdx.x / S::CLUSTER), first_k(rank * S::K_BLOCK + warp * S::UNITS * kStep + lane % 4 * kVector) {}
   MIRAGE_DEVICE int k(int step) const { return first_k + step_k(step); }  // from the tensor's start
+  MIRAGE_DEVICE int token(int tile, int step) const { return tile * kColumns + (S::LINES ? lane / 8 * 2 + step % 2 : lane / 4); }
+  MIRAGE_DEVICE int activation_k(int step) const { return S::LINES ? k(step / 2 * 2) + (lane % 8 - lane % 4) * kVector : k(step); }
   static MIRAGE_DEVICE constexpr int step_k(int step) { return step / S::UNITS * S::K_ITERATION + step % S::UNITS * kStep; }
 };
 
@@ -259,7 +266,7 @@ struct Fragments {
 };
 template <class S>
 MIRAGE_DEVICE Vec load_input(Position<S> const &at, void const *tensor, int num_tokens, int tile, int step) {  // rows from num_tokens on read as 0
-  const int token = tile * kColumns + at.lane / 4, k = at.k(step);
+  const int token = at.token(tile, step), k = at.activation_k(step);
   // tiled_index(token, k, K), as the lanes know it: the call takes up to a fifth more instructions (sm_90)
   const uint64_t in_tile = (static_cast<uint64_t>(tile) * S::K + k - at.lane % 4 * kVector) * kColumns + at.lane * kVector;
   Vec v = {};
@@ -268,12 +275,13 @@ MIRAGE_DEVICE Vec load_input(Position<S> const &at, void const *tensor, int num_
 }
 template <class S>
 MIRAGE_DEVICE Vec load_vector(Position<S> const &at, void const *tensor, int step) {
-  return load_global(element(tensor, at.k(step)));
+  if (step % S::GROUP != 0) return {};  // a line's second step uses the first one's fragment
+  return load_global(element(tensor, at.activation_k(step)));
 }
 // An output [num_tokens, K] that every cluster knows in full: each writes the steps that fall to it, PREDICATED inside run_pipelined.
 template <class S, bool PREDICATED>
 MIRAGE_DEVICE void store_output(Position<S> const &at, void *tensor, int num_tokens, int tile, int step, float const (&values)[kVector]) {
-  const int token = tile * kColumns + at.lane / 4, k = at.k(step);
+  const int token = at.token(tile, step), k = at.activation_k(step);
   auto mine = [&] { return (token * (S::K / kStep) + k / kStep) % S::GRID == at.cluster; };
   if (PREDICATED) {
     store_global_if((token < num_tokens) & mine(), element(tensor, static_cast<uint64_t>(token) * S::K + k), pack(values));
@@ -295,16 +303,21 @@ struct LateInput {
     return load_global_pair(element(tensor, static_cast<uint64_t>(token) * S::N + n));
   }
 };
-// Leaves this warp's share of a sum over a row of the activations where every block of the cluster finds it after a barrier.
+// Leaves this warp's share of a sum over rows of the activations where every block of the cluster finds it after a barrier.
 template <class S>
-MIRAGE_DEVICE void store_row_sum(unsigned char *shared, Position<S> const &at, int index, int tile, float sum) {
-  sum += shuffle_xor(sum, 1);
-  sum += shuffle_xor(sum, 2);
-  const int slot = (index * S::TOKENS + tile * kColumns + at.lane / 4) * S::SUM_PARTS + at.rank * S::WARPS + at.warp;
-  if (S::CLUSTER == 1) {
-    if (at.lane % 4 == 0) store_shared(shared + S::SUMS_OFFSET + slot * 4, sum);
-  } else {
-    for (int rank = at.lane % 4; rank < S::CLUSTER; rank += 4) store_cluster(shared + S::SUMS_OFFSET + slot * 4, rank, sum);
+MIRAGE_DEVICE void store_row_sum(unsigned char *shared, Position<S> const &at, int index, int tile, float (&sums)[S::GROUP]) {
+  MIRAGE_UNROLL
+  for (int i = 0; i < S::GROUP; ++i) {
+    float sum = sums[i];
+    sum += shuffle_xor(sum, 1);
+    sum += shuffle_xor(sum, 2);
+    if (S::LINES) sum += shuffle_xor(sum, 4);
+    const int slot = (index * S::TOKENS + at.token(tile, i)) * S::SUM_PARTS + at.rank * S::WARPS + at.warp;
+    if (S::CLUSTER == 1) {
+      if (at.lane % (4 * S::GROUP) == 0) store_shared(shared + S::SUMS_OFFSET + slot * 4, sum);
+    } else {
+      for (int rank = at.lane % (4 * S::GROUP); rank < S::CLUSTER; rank += 4 * S::GROUP) store_cluster(shared + S::SUMS_OFFSET + slot * 4, rank, sum);
+    }
   }
 }
 template <class S>
@@ -321,6 +334,18 @@ MIRAGE_DEVICE void cluster_barrier() {
     cluster_wait();
   } else {
     block_barrier();
+  }
+}
+
+// Of whole lines, makes the fragments of two steps: four lanes hold the second half of an even token's line and want the second step of an odd
+// token's, their neighbours the reverse.
+MIRAGE_DEVICE void exchange_halves(Vec &first, Vec &second) {
+  const bool odd = threadIdx.x & 4;
+  MIRAGE_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t other = shuffle_xor(odd ? first.word[i] : second.word[i], 4);
+    first.word[i] = odd ? other : first.word[i];
+    second.word[i] = odd ? second.word[i] : other;
   }
 }
 
@@ -396,6 +421,18 @@ struct SkinnyGemm {
       mma(acc[r][c], low.word[2], high.word[2], low.word[3], high.word[3], b.word[2], b.word[3]);
     }
   }
+  // The operands of a group of steps, from the fragments that each of them loaded.
+  template <class Prologue>
+  MIRAGE_DEVICE void prepare(Prologue prologue, int step, int c, Fragments<S> (&loaded)[S::STAGES], int first, Vec (&operand)[S::GROUP]) {
+    MIRAGE_UNROLL
+    for (int i = 0; i < S::GROUP; ++i) {
+      Fragments<S> &f = loaded[(first + i) % S::STAGES];
+      MIRAGE_UNROLL
+      for (int v = 0; v < S::VECTORS; ++v) f.vector[v] = loaded[first % S::STAGES].vector[v];
+      operand[i] = prologue(step + i, c, f);
+    }
+    if (S::LINES) exchange_halves(operand[0], operand[S::GROUP - 1]);
+  }
   // load_step(step, fragments&) loads the activations of a step; prologue(step, tile, fragments) makes of them the operand's
   // fragment for one tile of 8 tokens.
   template <class LoadStep, class Prologue>
@@ -406,43 +443,58 @@ struct SkinnyGemm {
       if (step >= S::EARLY) load(step);
     }
     MIRAGE_UNROLL
-    for (int step = 0; step < S::STEPS; ++step) {
+    for (int step = 0; step < S::STEPS; step += S::GROUP) {
       MIRAGE_UNROLL
-      for (int c = 0; c < S::TOKEN_TILES; ++c) multiply(step, c, prologue(step, c, activations[step % S::STAGES]));
-      if (step + S::STAGES < S::STEPS) {
-        load_step(step + S::STAGES, activations[step % S::STAGES]);
-        load(step + S::STAGES);
+      for (int c = 0; c < S::TOKEN_TILES; ++c) {
+        Vec operand[S::GROUP];
+        prepare(prologue, step, c, activations, step, operand);
+        MIRAGE_UNROLL
+        for (int i = 0; i < S::GROUP; ++i) multiply(step + i, c, operand[i]);
+      }
+      MIRAGE_UNROLL
+      for (int next = step + S::STAGES; next < step + S::STAGES + S::GROUP; ++next) {
+        if (next < S::STEPS) {
+          load_step(next, activations[next % S::STAGES]);
+          load(next);
+        }
       }
     }
   }
   // The same, for a prologue that computes: the operand of a step is ready before its weights are waited for. A slot of the ring holds the
-  // operand beside the weights; the activations of a step are asked for one step before its weights and are gone once these are asked for.
+  // operand beside the weights; the activations of a step are asked for one group before its weights and are gone once these are asked for.
   // 1 token, H200: 14.6 us where run() takes 15.6 (K 4096, N 6144), 48.9 instead of 52.8 with gate and up (N 12288); docs/perf-log.md.
   template <class LoadStep, class Prologue>
   MIRAGE_DEVICE void run_pipelined(LoadStep load_step, Prologue prologue) {
-    Vec operand[S::STAGES][S::TOKEN_TILES];
-    auto prepare = [&](int step, Fragments<S> const &f) {
+    Vec operand[S::STAGES / S::GROUP][S::TOKEN_TILES][S::GROUP];
+    auto prepare_group = [&](int step, int first) {
       MIRAGE_UNROLL
-      for (int c = 0; c < S::TOKEN_TILES; ++c) operand[step % S::STAGES][c] = prologue(step, c, f);
+      for (int c = 0; c < S::TOKEN_TILES; ++c) prepare(prologue, step, c, activations, first, operand[step % S::STAGES / S::GROUP][c]);
+    };
+    auto load_group = [&](int step) {
+      MIRAGE_UNROLL
+      for (int i = 0; i < S::GROUP; ++i) load_step(step + i, activations[i]);
     };
     MIRAGE_UNROLL
     for (int step = 0; step < S::STAGES; ++step) load_step(step, activations[step]);
     MIRAGE_UNROLL
     for (int step = S::EARLY; step < S::STAGES; ++step) load(step);
     MIRAGE_UNROLL
-    for (int step = 0; step < S::STAGES; ++step) prepare(step, activations[step]);
-    if (S::STAGES < S::STEPS) load_step(S::STAGES, activations[0]);
+    for (int step = 0; step < S::STAGES; step += S::GROUP) prepare_group(step, step);
+    if (S::STAGES < S::STEPS) load_group(S::STAGES);
     keep_order();
     MIRAGE_UNROLL
-    for (int step = 0; step < S::STEPS; ++step) {
+    for (int step = 0; step < S::STEPS; step += S::GROUP) {
       const int next = step + S::STAGES;
       MIRAGE_UNROLL
-      for (int c = 0; c < S::TOKEN_TILES; ++c) multiply(step, c, operand[step % S::STAGES][c]);
+      for (int i = 0; i < S::GROUP; ++i)
+        MIRAGE_UNROLL
+      for (int c = 0; c < S::TOKEN_TILES; ++c) multiply(step + i, c, operand[step % S::STAGES / S::GROUP][c][i]);
       if (next < S::STEPS) {
-        load(next);
+        MIRAGE_UNROLL
+        for (int i = 0; i < S::GROUP; ++i) load(next + i);
         keep_order();
-        prepare(next, activations[0]);
-        if (next + 1 < S::STEPS) load_step(next + 1, activations[0]);
+        prepare_group(next, 0);
+        if (next + S::GROUP < S::STEPS) load_group(next + S::GROUP);
         keep_order();
       }
     }

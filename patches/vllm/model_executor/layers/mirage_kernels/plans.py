@@ -117,6 +117,7 @@ class Plan:
     blocks_per_sm: int
     warm: int = 0
     pipelined: bool = False
+    lines: bool = False
 
     def defines(self, k: int, n: int) -> dict[str, int]:
         """The macros that bind a GEMM source to this plan."""
@@ -133,6 +134,7 @@ class Plan:
             "MIRAGE_PREFETCH": self.prefetch,
             "MIRAGE_OCCUPANCY": self.blocks_per_sm,
             "MIRAGE_TILED": 0,
+            "MIRAGE_LINES": int(self.lines),
             "MIRAGE_PIPELINED": int(self.pipelined),
         }
 

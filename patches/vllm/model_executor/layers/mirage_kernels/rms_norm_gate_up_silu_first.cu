@@ -28,7 +28,7 @@ struct Arguments {
 };
 
 using Plan = mirage::Schedule<MIRAGE_K, MIRAGE_N, MIRAGE_TOKENS, MIRAGE_GRID, MIRAGE_FORLOOP, MIRAGE_CLUSTER, MIRAGE_WARPS,
-                              MIRAGE_STAGES, MIRAGE_EARLY, MIRAGE_PREFETCH, MIRAGE_TILED, 2, 1, 1, 1>;
+                              MIRAGE_STAGES, MIRAGE_EARLY, MIRAGE_PREFETCH, MIRAGE_TILED, MIRAGE_LINES, 2, 1, 1, 1>;
 
 extern "C" __device__ const int mirage_launch_shape[5] = {
     Plan::GRID * Plan::CLUSTER, 0, Plan::THREADS, Plan::CLUSTER, Plan::SHARED_BYTES};
@@ -49,7 +49,7 @@ extern "C" __global__ void __launch_bounds__(Plan::THREADS, MIRAGE_OCCUPANCY) rm
       f.input[0][c] = load_input<Plan>(at, args.X, args.num_tokens, c, step);
     }
   };
-  float sum_0[Plan::TOKEN_TILES] = {};
+  float sum_0[Plan::TOKEN_TILES][Plan::GROUP] = {};
   auto prologue = [&](int step, int c, Fragments<Plan> const &f) {
     float X[kVector], G[kVector], operand[kVector];
     unpack(f.input[0][c], X);
@@ -57,7 +57,7 @@ extern "C" __global__ void __launch_bounds__(Plan::THREADS, MIRAGE_OCCUPANCY) rm
     MIRAGE_UNROLL
     for (int e = 0; e < kVector; ++e) {
       const float s_scaled = X[e] * G[e];
-      sum_0[c] += X[e] * X[e];
+      sum_0[c][step % Plan::GROUP] += X[e] * X[e];
       operand[e] = s_scaled;
     }
     return pack(operand);

@@ -25,7 +25,7 @@ struct Arguments {
 };
 
 using Plan = mirage::Schedule<MIRAGE_K, MIRAGE_N, MIRAGE_TOKENS, MIRAGE_GRID, MIRAGE_FORLOOP, MIRAGE_CLUSTER, MIRAGE_WARPS,
-                              MIRAGE_STAGES, MIRAGE_EARLY, MIRAGE_PREFETCH, MIRAGE_TILED, 1, 2, 1, 1>;
+                              MIRAGE_STAGES, MIRAGE_EARLY, MIRAGE_PREFETCH, MIRAGE_TILED, MIRAGE_LINES, 1, 2, 1, 1>;
 
 extern "C" __device__ const int mirage_launch_shape[5] = {
     Plan::GRID * Plan::CLUSTER, 0, Plan::THREADS, Plan::CLUSTER, Plan::SHARED_BYTES};
@@ -47,7 +47,7 @@ extern "C" __global__ void __launch_bounds__(Plan::THREADS, MIRAGE_OCCUPANCY) rm
       f.input[1][c] = load_input<Plan>(at, args.R, args.num_tokens, c, step);
     }
   };
-  float sum_0[Plan::TOKEN_TILES] = {};
+  float sum_0[Plan::TOKEN_TILES][Plan::GROUP] = {};
   auto prologue = [&](int step, int c, Fragments<Plan> const &f) {
     float X[kVector], R[kVector], G[kVector], S_out[kVector], operand[kVector];
     unpack(f.input[0][c], X);
@@ -57,7 +57,7 @@ extern "C" __global__ void __launch_bounds__(Plan::THREADS, MIRAGE_OCCUPANCY) rm
     for (int e = 0; e < kVector; ++e) {
       const float S = X[e] + R[e];
       const float s_scaled = S * G[e];
-      sum_0[c] += S * S;
+      sum_0[c][step % Plan::GROUP] += S * S;
       S_out[e] = S;
       operand[e] = s_scaled;
     }
