@@ -35,9 +35,9 @@ extern "C" int emulate(Arguments const *given, int blocks, int delayed, int seed
     if (mirage::emulator::run_cluster(block, shape[3], shape[2], body)) return 1;
   return 0;
 }}
-extern "C" unsigned long long prefetched(unsigned long long *out) {{  // addresses and bytes in turn; without `out` their number
+extern "C" unsigned long long prefetched(unsigned long long *out) {{  // addresses; without `out` their number
   auto const &list = mirage::emulator::prefetched;
-  for (size_t i = 0; out && i < list.size(); ++i) out[2 * i] = reinterpret_cast<uintptr_t>(list[i].first), out[2 * i + 1] = list[i].second;
+  for (size_t i = 0; out && i < list.size(); ++i) out[i] = reinterpret_cast<uintptr_t>(list[i]);
   return list.size();
 }}
 extern "C" int const *launch_shape() {{ return mirage_launch_shape; }}
@@ -85,12 +85,12 @@ class EmulatedKernel:
         if status:
             raise EmulationError(f"{self.kernel.name} {'deadlocks' if status == 1 else 'needs more shared memory than a block has'}.")
 
-    def prefetched(self) -> list[tuple[int, int]]:
-        """(address, bytes) of each request of all calls so far to have memory in L2."""
+    def prefetched(self) -> list[int]:
+        """The address of each request of all calls so far to have memory in L2."""
         self._library.prefetched.restype = ctypes.c_uint64
-        pairs = np.empty((self._library.prefetched(None), 2), np.uint64)
-        self._library.prefetched(ctypes.c_void_p(pairs.ctypes.data))
-        return [(int(address), int(length)) for address, length in pairs]
+        addresses = np.empty(self._library.prefetched(None), np.uint64)
+        self._library.prefetched(ctypes.c_void_p(addresses.ctypes.data))
+        return addresses.tolist()
 
 
 def to_bf16(values: npt.ArrayLike) -> npt.NDArray[np.uint16]:

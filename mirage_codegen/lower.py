@@ -230,8 +230,14 @@ class _Prologue:
         """The rms of a row and its reciprocal, `total` being the sum of squares."""
         assert op.output is not None
         eps = self.graph.eps_of(op.output)
-        yield f"const float {op.output} = sqrtf({total} * (1.0f / Plan::K){f' + args.{eps}' if eps else ''});"
-        yield f"const float inverse_{op.output} = 1.0f / {op.output};"
+        yield f"const float square_of_{op.output} = {total} * (1.0f / Plan::K){f' + args.{eps}' if eps else ''};"
+        if self._uses(op.output):
+            yield f"const float {op.output} = sqrtf(square_of_{op.output});"
+        yield f"const float inverse_{op.output} = rsqrt_fast(square_of_{op.output});"
+
+    def _uses(self, rms: str) -> bool:
+        """Whether anything but a division by it needs the rms."""
+        return any(rms in inner.inputs and (inner.kind, inner.inputs.index(rms)) != ("div", 1) for inner in self.block.in_phase("after_loop"))
 
     def after_loop(self, known: dict[str, str]) -> _Values:
         """The threadblock graph's operators after the loop, from the accumulators in `known`."""

@@ -233,6 +233,32 @@ def test_a_kernel_that_reads_whole_lines_equals_its_graph(folder, op, k, n, num_
         assert (results[0][name] == results[1][name]).all()
 
 
+@needs_gxx
+@pytest.mark.parametrize(
+    ("op", "chosen"),
+    [
+        ("linear", plan(forloop=8, prefetch=2, stages=1)),
+        ("linear", plan(forloop=8, cluster=2, prefetch=3, stages=1)),
+        ("linear", plan(forloop=4, prefetch=3, stages=2)),  # two steps an iteration, 1,536 bytes of a row
+        ("gate_up_silu", plan(forloop=8, prefetch=9, stages=3)),  # more than there are
+    ],
+)
+def test_a_gemm_asks_ahead_for_the_iterations_behind_its_first_loads_once(folder, op, chosen):
+    k, n, num_tokens = 1024, 64, 3
+    graph = graph_for(op, k, n, chosen)
+    kernel = emulate.EmulatedKernel(lower.lower(graph), chosen.defines(k, n), folder)
+    arguments = draw(graph, num_tokens)
+    run(kernel, graph, arguments, num_tokens, delayed=True, seed=1)
+    (weights,) = (value for name, value in arguments.items() if name.startswith("W"))
+    asked = (np.array(kernel.prefetched()) - weights.ctypes.data) // 64
+    assert len(set(asked.tolist())) == len(asked)
+    row, iteration = k * 2 // 64, k * 2 // 64 // chosen.forloop_range  # in requests of 64 bytes
+    early = -(-chosen.early * chosen.warps // iteration) * iteration
+    place = np.arange(weights.size * 2 // 64) % (row // chosen.cluster)
+    wanted = (place >= early) & (place < early + chosen.prefetch * iteration)
+    assert sorted(asked.tolist()) == np.flatnonzero(wanted).tolist()
+
+
 @pytest.mark.parametrize("op", ["linear", "gate_up_silu"])
 def test_a_gemm_without_a_prologue_has_no_pipelined_form(op):
     graph = graph_for(op, 512, 64, plan())
@@ -246,7 +272,7 @@ def test_row_kernel_equals_its_graph(folder, op, k):
     graph = ops.load_for(op, ops.Shape(8, k, k, 8, 1))
     arguments = draw(graph, 5)
     results = []
-    for macros in (row_macros(k), row_macros(k, next_rows=150, warm=32)):
+    for macros in (row_macros(k), row_macros(k, next_rows=150, warm=64)):
         kernel = emulate.EmulatedKernel(lower.lower(graph), macros, folder)
         results.append(run_row(kernel, graph, arguments, 5))
         assert worst_error(results[-1], expected(graph, arguments, 5)) < BF16
@@ -254,15 +280,14 @@ def test_row_kernel_equals_its_graph(folder, op, k):
 
 
 @needs_gxx
-@pytest.mark.parametrize(("warm", "next_rows"), [(0, 150), (16, 150), (512, 150), (16, 5000)])  # 5000: more than there are threads
+@pytest.mark.parametrize(("warm", "next_rows"), [(0, 150), (64, 150), (512, 150), (64, 5000)])  # 5000: more than there are threads
 def test_a_row_kernel_warms_the_start_of_every_row_of_the_next_weights_once(folder, warm, next_rows):
     k = 256
     graph = ops.load_for("rms_norm", ops.Shape(8, k, k, 8, 1))
     kernel = emulate.EmulatedKernel(lower.lower(graph), row_macros(k, next_rows, warm), folder)
     weights = emulate.poisoned((next_rows, k))
     run_row(kernel, graph, draw(graph, 3), 3, next_weights=weights)
-    rows = range(next_rows) if warm else ()
-    assert sorted(kernel.prefetched()) == [(weights.ctypes.data + row * k * 2, warm) for row in rows]
+    assert sorted(kernel.prefetched()) == [weights.ctypes.data + row * k * 2 + at for row in range(next_rows) for at in range(0, warm, 64)]
 
 
 @needs_gxx

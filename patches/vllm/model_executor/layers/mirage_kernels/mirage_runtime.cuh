@@ -80,6 +80,7 @@ MIRAGE_DEVICE uint32_t to_pair(float low, float high) {
   return pair;
 }
 MIRAGE_DEVICE float rsqrt_exact(float x) { return 1.0f / sqrtf(x); }
+MIRAGE_DEVICE float rsqrt_fast(float x) { return rsqrtf(x); }  // 2 ulp at most (CUDA's programming guide)
 MIRAGE_DEVICE float silu(float x) { return x / (1.0f + __expf(-x)); }
 
 // ------------------------------------------------------------------------------------------------ memory and mma
@@ -92,11 +93,7 @@ MIRAGE_DEVICE Vec load_weights(void const *address) {  // read once a step: no p
                : "l"(address));
   return v;
 }
-MIRAGE_DEVICE void prefetch_l2(void const *address, uint32_t bytes) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(address), "r"(bytes));
-#endif
-}
+MIRAGE_DEVICE void prefetch_l2(void const *address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
 MIRAGE_DEVICE Vec load_global(void const *address) {
   Vec v;
   asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -258,6 +255,21 @@ MIRAGE_DEVICE uint64_t tiled_index(int token, int k, int row_length) {
   return (static_cast<uint64_t>(token / kColumns) * row_length + k / kStep * kStep) * kColumns + token % kColumns * kStep + k % kStep;
 }
 
+// Asks the first BYTES of each of ROWS rows, `pitch` bytes apart, into L2; `thread` of THREADS. At most 512 of every row before the next 512: in
+// that order they are read. Bulk prefetches hold their thread up for some 0.7 us (H200; docs/perf-log.md).
+template <int ROWS, int BYTES, int THREADS>
+MIRAGE_DEVICE void prefetch_rows(unsigned char const *first, uint64_t pitch, int thread) {
+  if constexpr (BYTES > 0) {
+    constexpr int EACH = 64;  // bytes of a request; 32 and 128 were up to 0.1 us slower
+    constexpr int PART = BYTES % 512 == 0 ? 512 : BYTES % 256 == 0 ? 256 : BYTES % 128 == 0 ? 128 : 64, PER_PART = PART / EACH;
+    static_assert(BYTES % PART == 0, "requests are whole");
+    for (int i = thread; i < ROWS * (BYTES / EACH); i += THREADS) {
+      const int row = i / PER_PART % ROWS, part = i / (PER_PART * ROWS);
+      prefetch_l2(first + row * pitch + part * PART + i % PER_PART * EACH);
+    }
+  }
+}
+
 // ------------------------------------------------------------------------------------------------ activations
 // What a warp holds of one step: a fragment of each input for each tile of 8 tokens, and one of each vector.
 template <class S>
@@ -363,11 +375,10 @@ struct RowSchedule {
 // kernel, in which memory would idle (docs/perf-log.md). True in such a block.
 template <class S>
 MIRAGE_DEVICE bool warm_next_weights(void const *weights, int num_tokens) {
-  static_assert(S::WARM % 16 == 0 && S::WARM <= S::K * 2, "a prefetch is whole 16 bytes, inside a row");
+  static_assert(S::WARM <= S::K * 2, "the start of a row is inside it");
   const int block = static_cast<int>(blockIdx.x) - num_tokens;
   if (S::WARM == 0 || block < 0) return false;
-  for (int row = threadIdx.x * S::WARM_BLOCKS + block; row < S::NEXT_ROWS; row += S::THREADS * S::WARM_BLOCKS)
-    prefetch_l2(element(weights, static_cast<uint64_t>(row) * S::K), S::WARM);
+  prefetch_rows<S::NEXT_ROWS, S::WARM, S::THREADS * S::WARM_BLOCKS>(element(weights, 0), S::K * 2, block * S::THREADS + threadIdx.x);
   return true;
 }
 template <class S>
@@ -399,9 +410,10 @@ struct SkinnyGemm {
   MIRAGE_DEVICE void start_early(void const *tensor, Position<S> const &at) {
     MIRAGE_UNROLL
     for (int step = 0; step < S::EARLY; ++step) load(step);
-    if (S::PREFETCH > 0 && at.thread < S::GEMMS * S::ROWS) {
-      const uint64_t row = static_cast<uint64_t>(at.thread / S::ROWS) * S::N + at.cluster * S::ROWS + at.thread % S::ROWS;
-      prefetch_l2(element(tensor, row * S::K + at.rank * S::K_BLOCK + S::EARLY_ITERATIONS * S::K_ITERATION), S::PREFETCH * S::K_ITERATION * 2);
+    MIRAGE_UNROLL
+    for (int g = 0; g < S::GEMMS; ++g) {
+      const uint64_t row = static_cast<uint64_t>(g) * S::N + at.cluster * S::ROWS, k = at.rank * S::K_BLOCK + S::EARLY_ITERATIONS * S::K_ITERATION;
+      prefetch_rows<S::ROWS, S::PREFETCH * S::K_ITERATION * 2, S::THREADS>(element(tensor, row * S::K + k), S::K * 2, at.thread);
     }
   }
   MIRAGE_DEVICE void load(int step) {
