@@ -272,7 +272,7 @@ def test_row_kernel_equals_its_graph(folder, op, k):
     graph = ops.load_for(op, ops.Shape(8, k, k, 8, 1))
     arguments = draw(graph, 5)
     results = []
-    for macros in (row_macros(k), row_macros(k, next_rows=150, warm=64)):
+    for macros in (row_macros(k), row_macros(k, next_rows=150, warm=128)):
         kernel = emulate.EmulatedKernel(lower.lower(graph), macros, folder)
         results.append(run_row(kernel, graph, arguments, 5))
         assert worst_error(results[-1], expected(graph, arguments, 5)) < BF16
