@@ -233,11 +233,12 @@ class _Prologue:
         yield f"const float square_of_{op.output} = {total} * (1.0f / Plan::K){f' + args.{eps}' if eps else ''};"
         if self._uses(op.output):
             yield f"const float {op.output} = sqrtf(square_of_{op.output});"
-        yield f"const float inverse_{op.output} = rsqrt_fast(square_of_{op.output});"
+        yield f"const float inverse_{op.output} = inverse_sqrt(square_of_{op.output});"
 
     def _uses(self, rms: str) -> bool:
         """Whether anything but a division by it needs the rms."""
-        return any(rms in inner.inputs and (inner.kind, inner.inputs.index(rms)) != ("div", 1) for inner in self.block.in_phase("after_loop"))
+        users = [inner for inner in self.block.in_phase("after_loop") if rms in inner.inputs]
+        return any((inner.kind, inner.inputs.index(rms)) != ("div", 1) for inner in users)
 
     def after_loop(self, known: dict[str, str]) -> _Values:
         """The threadblock graph's operators after the loop, from the accumulators in `known`."""
@@ -322,12 +323,14 @@ class _Gemm:
 
     def _run(self) -> Iterator[str]:
         p = self.prologue
+        run = ("  if (MIRAGE_PIPELINED) gemm.run_pipelined(load_step, prologue);", "  else gemm.run(load_step, prologue);")
         for i, _ in enumerate(p.row_sums):
             yield f"  float sum_{i}[Plan::TOKEN_TILES][Plan::GROUP] = {{}};"
         values = p.values("e")
         operand = values.expression[self.operand]
         if not p.row_sums and not p.stored and operand == f"{p.activations[0]}[e]":  # nothing to compute: the fragment is the operand
-            yield "  gemm.run(load_step, [&](int, int c, Fragments<Plan> const &f) { return f.input[0][c]; });"
+            yield "  auto prologue = [&](int, int c, Fragments<Plan> const &f) { return f.input[0][c]; };"
+            yield from run
             return
         yield "  auto prologue = [&](int step, int c, Fragments<Plan> const &f) {"
         arrays = [*p.activations, *p.vectors, *(f"{name}_out" for name in p.stored), "operand"]
@@ -350,8 +353,7 @@ class _Gemm:
             yield f"    store_output<Plan, MIRAGE_PIPELINED>(at, args.{name}, args.num_tokens, c, step, {name}_out);"
         yield "    return pack(operand);"
         yield "  };"
-        yield "  if (MIRAGE_PIPELINED) gemm.run_pipelined(load_step, prologue);"
-        yield "  else gemm.run(load_step, prologue);"
+        yield from run
 
     def _finish(self) -> Iterator[str]:
         block, graph = self.block, self.graph

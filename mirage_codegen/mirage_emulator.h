@@ -204,8 +204,8 @@ static uint16_t float_to_element(float value) {  // round to nearest even; NaN s
 static inline float low_to_float(uint32_t pair) { return element_to_float(static_cast<uint16_t>(pair)); }
 static inline float high_to_float(uint32_t pair) { return element_to_float(static_cast<uint16_t>(pair >> 16)); }
 static inline uint32_t to_pair(float low, float high) { return float_to_element(low) | static_cast<uint32_t>(float_to_element(high)) << 16; }
-static inline float rsqrt_exact(float x) { return 1.0f / sqrtf(x); }
-static inline float rsqrt_fast(float x) { return 1.0f / sqrtf(x); }
+static inline float inverse_sqrt(float x) { return 1.0f / sqrtf(x); }
+static inline float divide(float x, float y) { return x / y; }
 static inline float silu(float x) { return x / (1.0f + expf(-x)); }
 
 template <class V>

@@ -66,14 +66,13 @@ class Gpu:
 
 
 def gemm_candidates(kind: str, k: int, n: int, limit: int, count: int, gpu: Gpu) -> list[plans.Plan]:
-    """The most promising plans, the same number of each schedule (of the fused one in either form); of each (cluster, warps, room for the
-    next kernel) the best few."""
+    """The most promising plans, the same number of each form; of each (cluster, warps, room for the next kernel) the best few."""
     chosen: list[plans.Plan] = []
-    for schedule, pipelined in itertools.product(plans.GEMM_OPS[kind].sources, (False, True)):
-        if schedule == "fused" and limit > 16:
+    for form in itertools.product(plans.GEMM_OPS[kind].sources, (False, True), (False, True)):
+        if form[0] == "fused" and limit > 16:
             continue  # measured: 32 tokens normalised by every block never win
-        every = plans.candidates(kind, k, n, limit, schedule, gpu.multiprocessors, gpu.arch)
-        found = [plan for plan in every if plan.pipelined == pipelined]
+        every = plans.candidates(kind, k, n, limit, form[0], gpu.multiprocessors, gpu.arch)
+        found = [plan for plan in every if form_of(plan) == form]
         ranked = sorted(found, key=lambda plan: plans.distance(kind, plan, k, n, gpu.multiprocessors))
         seen: dict[tuple, int] = {}
         kept = []
@@ -84,6 +83,11 @@ def gemm_candidates(kind: str, k: int, n: int, limit: int, count: int, gpu: Gpu)
                 kept.append(plan)
         chosen += kept[:count]
     return chosen
+
+
+def form_of(plan: plans.Plan) -> tuple[str, bool, bool]:
+    """What of a plan is another program, not another tiling."""
+    return plan.schedule, plan.pipelined, plan.lines
 
 
 def attention_candidates(shape: LayerShape, limit: int, gpu: Gpu) -> Iterator[plans.AttentionPlan]:
@@ -161,9 +165,9 @@ class Alone:
 
     def best(self, candidates: Iterable[plans.Plan]) -> tuple[float, plans.Plan] | None:
         """µs and plan of the fastest, the next kernel's weights warmed or not; None if no candidate is right."""
-        forms: dict[tuple[str, bool], list[plans.Plan]] = {}
+        forms: dict[tuple[str, bool, bool], list[plans.Plan]] = {}
         for _, plan in self.fastest(candidates, 3):
-            forms.setdefault((plan.schedule, plan.pipelined), []).append(plan)
+            forms.setdefault(form_of(plan), []).append(plan)
         first = [plan for of_form in forms.values() for plan in of_form[:AGAIN]]  # of each: warming favours what loses without
         warm = [replace(plan, warm=warm) for plan in first if can_warm(plan, self.op, self.gpu) for warm in WARMTHS]
         again = [plan for _, plan in self.fastest([*first, *warm], 7)[:AGAIN]]
@@ -401,8 +405,9 @@ def projections_add(shape: LayerShape, gpu: Gpu, found: dict[str, list]) -> tupl
 def _short(plan: Any) -> str:
     if plan is None:
         return "stock path"
+    form = plan.schedule + " pipelined" * plan.pipelined + " lines" * plan.lines
     return (
-        f"{plan.schedule}{' pipelined' * plan.pipelined} grid {plan.grid}×{plan.cluster} loop {plan.forloop_range} warps {plan.warps} "
+        f"{form} grid {plan.grid}×{plan.cluster} loop {plan.forloop_range} warps {plan.warps} "
         f"stages {plan.stages} early {plan.early} prefetch {plan.prefetch} warm {plan.warm} ({plan.blocks_per_sm} a multiprocessor)"
     )
 

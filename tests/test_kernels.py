@@ -183,6 +183,9 @@ def pipelined(**shape):
         ("rms_norm_linear_first", 768, 64, 9, pipelined(tokens=16, cluster=2, forloop=6, stages=1)),
         ("rms_norm_gate_up_silu", 896, 64, 3, pipelined(forloop=7, stages=4)),
         ("rms_norm_gate_up_silu_first", 640, 96, 11, pipelined(tokens=16, grid=3, forloop=5, stages=2)),
+        ("linear", 768, 64, 19, plan(tokens=24, forloop=6, stages=3, pipelined=True)),
+        ("linear_residual", 1024, 64, 5, plan(forloop=8, cluster=2, pipelined=True)),
+        ("gate_up_silu", 768, 64, 3, plan(forloop=6, stages=1, pipelined=True)),
     ],
     ids=lambda value: value if isinstance(value, (str, int)) else f"{value.grid}x{value.cluster}-{value.stages}",
 )
@@ -217,7 +220,7 @@ def test_a_pipelined_kernel_equals_the_plain_one(folder, op, k, n, num_tokens, c
         ("rms_norm_linear", 256, 64, 7, pipelined(forloop=1)),  # one line
         ("rms_norm_linear", 1280, 64, 6, pipelined(forloop=5)),
         ("rms_norm_linear", 2048, 96, 13, replace(pipelined(tokens=16, grid=3, cluster=2, forloop=8, stages=4), early=3)),
-        ("rms_norm_gate_up_silu_first", 1536, 64, 9, pipelined(tokens=16, forloop=6, stages=4)),  # lines that no whole number of rounds holds
+        ("rms_norm_gate_up_silu_first", 1536, 64, 9, pipelined(tokens=16, forloop=6, stages=4)),  # no whole number of rounds
     ],
     ids=lambda value: value if isinstance(value, (str, int)) else f"{value.grid}x{value.cluster}-{value.stages}",
 )
@@ -257,12 +260,6 @@ def test_a_gemm_asks_ahead_for_the_iterations_behind_its_first_loads_once(folder
     place = np.arange(weights.size * 2 // 64) % (row // chosen.cluster)
     wanted = (place >= early) & (place < early + chosen.prefetch * iteration)
     assert sorted(asked.tolist()) == np.flatnonzero(wanted).tolist()
-
-
-@pytest.mark.parametrize("op", ["linear", "gate_up_silu"])
-def test_a_gemm_without_a_prologue_has_no_pipelined_form(op):
-    graph = graph_for(op, 512, 64, plan())
-    assert "PIPELINED" not in lower.lower(graph).source
 
 
 @needs_gxx
@@ -465,8 +462,9 @@ def test_behind_a_stock_op_the_plans_for_that_run_where_somebody_measured_them(m
 
 def test_a_table_leaves_out_what_is_as_in_most_plans():
     chosen = plan()
-    [entry], [warm] = plans.to_table([chosen]), plans.to_table([replace(chosen, warm=512, pipelined=True)])
-    assert "warm" not in entry and "pipelined" not in entry and warm == {**entry, "warm": 512, "pipelined": True}
+    form = {"warm": 512, "pipelined": True, "lines": True}
+    [entry], [other] = plans.to_table([chosen]), plans.to_table([replace(chosen, **form)])
+    assert not form.keys() & entry.keys() and other == {**entry, **form}
     assert plans.Plan(**entry) == chosen
 
 
@@ -542,7 +540,8 @@ def test_every_source_compiles_for(arch):
     for name in (*generate.SHIPPED, *generate.HANDWRITTEN):
         macros = special.get(name, gemm.defines(4096, 6144))
         prologue = name.startswith("rms_norm_") and name not in special
-        for form in ({}, {"MIRAGE_FP16": 1}, {"MIRAGE_PIPELINED": 1})[: 3 if prologue else 2]:
+        lines = {"MIRAGE_LINES": 1, "MIRAGE_FORLOOP": 4}
+        for form in ({}, {"MIRAGE_FP16": 1}, lines | {"MIRAGE_PIPELINED": 1}, lines)[: 2 if name in special else 3 if prologue else 4]:
             assert compiler.compile_cubin(compiler.Build(f"{name}.cu", tuple(sorted({**macros, **form}.items())), arch))
 
 

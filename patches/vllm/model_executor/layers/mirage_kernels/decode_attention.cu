@@ -56,7 +56,7 @@ struct HeadRow {
     for (int i = 0; i < 4 * kVector; ++i) sum += x[i / kVector][i % kVector] * x[i / kVector][i % kVector];
     sum += shuffle_xor(sum, 1);
     sum += shuffle_xor(sum, 2);
-    const float inverse_rms = rsqrt_exact(sum * (1.0f / kHead) + eps);
+    const float inverse_rms = inverse_sqrt(sum * (1.0f / kHead) + eps);
     MIRAGE_UNROLL
     for (int s = 0; s < 2; ++s) {
       float low[kVector], high[kVector], c[kVector], d[kVector];
@@ -284,7 +284,7 @@ extern "C" __global__ void __launch_bounds__(mirage::A::THREADS) decode_attentio
   if (A::CLUSTER == 1) {
     for (int index = thread; index < A::GROUP * kHead / 2; index += A::THREADS) {
       const int head = index / (kHead / 2);
-      const float all = block_maximum(head), total = block_sum_of(head, all), inverse = total == 0.0f ? 0.0f : 1.0f / total;  // NaN stays NaN
+      const float all = block_maximum(head), total = block_sum_of(head, all), inverse = total == 0.0f ? 0.0f : divide(1.0f, total);  // NaN stays NaN
       float value[2];
       block_pair(index, all, value);
       store_global(element(args.O, output + index * 2), to_pair(value[0] * inverse, value[1] * inverse));
@@ -319,7 +319,7 @@ extern "C" __global__ void __launch_bounds__(mirage::A::THREADS) decode_attentio
       value[0] += weight * read(A::REMOTE_OFFSET, r * A::REMOTE + index * 2);
       value[1] += weight * read(A::REMOTE_OFFSET, r * A::REMOTE + index * 2 + 1);
     }
-    const float inverse = total == 0.0f ? 0.0f : 1.0f / total;  // NaN stays NaN
+    const float inverse = total == 0.0f ? 0.0f : divide(1.0f, total);  // NaN stays NaN
     store_global(element(args.O, output + rank * A::SHARE + index * 2), to_pair(value[0] * inverse, value[1] * inverse));
   }
 }

@@ -39,7 +39,9 @@ extern "C" __global__ void __launch_bounds__(Plan::THREADS, MIRAGE_OCCUPANCY) li
       f.input[0][c] = load_input<Plan>(at, args.X, args.num_tokens, c, step);
     }
   };
-  gemm.run(load_step, [&](int, int c, Fragments<Plan> const &f) { return f.input[0][c]; });
+  auto prologue = [&](int, int c, Fragments<Plan> const &f) { return f.input[0][c]; };
+  if (MIRAGE_PIPELINED) gemm.run_pipelined(load_step, prologue);
+  else gemm.run(load_step, prologue);
   if (Plan::CLUSTER > 1) cluster_wait();  // the other blocks have started: their shared memory may be written
   gemm.finish(shared, at, args.num_tokens, [&](int token, int n, float (&acc)[1][2]) {
     const uint32_t R_pair = R_late.pair(at, args.R, token, n);

@@ -79,9 +79,14 @@ MIRAGE_DEVICE uint32_t to_pair(float low, float high) {
 #endif
   return pair;
 }
-MIRAGE_DEVICE float rsqrt_exact(float x) { return 1.0f / sqrtf(x); }
-MIRAGE_DEVICE float rsqrt_fast(float x) { return rsqrtf(x); }  // 2 ulp at most (CUDA's programming guide)
-MIRAGE_DEVICE float silu(float x) { return x / (1.0f + __expf(-x)); }
+// Within 2 ulp (CUDA's programming guide, PTX). The exact ones branch, and take 390 instructions of a norm kernel's 660 (sm_90).
+MIRAGE_DEVICE float inverse_sqrt(float x) { return rsqrtf(x); }
+MIRAGE_DEVICE float divide(float x, float y) {
+  float quotient;
+  asm("div.full.f32 %0, %1, %2;" : "=f"(quotient) : "f"(x), "f"(y));
+  return quotient;
+}
+MIRAGE_DEVICE float silu(float x) { return divide(x, 1.0f + __expf(-x)); }
 
 // ------------------------------------------------------------------------------------------------ memory and mma
 // All loads are volatile: NVVM leaves them in program order, which is the software pipeline. ptxas may still move them past each other and
@@ -472,9 +477,9 @@ struct SkinnyGemm {
       }
     }
   }
-  // The same, for a prologue that computes: the operand of a step is ready before its weights are waited for. A slot of the ring holds the
-  // operand beside the weights; the activations of a step are asked for one group before its weights and are gone once these are asked for.
-  // 1 token, H200: 14.6 us where run() takes 15.6 (K 4096, N 6144), 48.9 instead of 52.8 with gate and up (N 12288); docs/perf-log.md.
+  // The same with the operand of a step ready before its weights are waited for. A slot of the ring holds the operand beside the weights; the
+  // activations of a step are asked for one group before its weights and are gone once these are asked for. With a prologue that computes, 1
+  // token, H200: 14.6 us where run() takes 15.6 (K 4096, N 6144), 48.9 instead of 52.8 with gate and up (N 12288); docs/perf-log.md.
   template <class LoadStep, class Prologue>
   MIRAGE_DEVICE void run_pipelined(LoadStep load_step, Prologue prologue) {
     Vec operand[S::STAGES / S::GROUP][S::TOKEN_TILES][S::GROUP];

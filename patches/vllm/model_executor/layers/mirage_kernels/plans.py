@@ -102,7 +102,8 @@ class Plan:
     prefetch        further iterations asked into L2 before that
     blocks_per_sm   blocks that must fit on a multiprocessor; more than the grid fills leave room for the next kernel to start in
     warm            bytes of every weight row that the norm kernel asks into L2 for its GEMM (split; sm_90 and up)
-    pipelined       of the fused schedule: a step's activations are normalised a step ahead, before its weights are waited for
+    pipelined       a step's activations are asked for and made the operand a step ahead, before its weights are waited for
+    lines           activations are read in whole lines, two steps at once (where they lie in rows: not behind a norm kernel)
     """
 
     max_num_tokens: int
@@ -255,6 +256,7 @@ def candidates(
 
 def _fitting(op: str, k: int, n: int, max_num_tokens: int, schedule: str, multiprocessors: int) -> Iterator[Plan]:
     weights = GEMM_OPS[op].weights
+    rows_in = len(GEMM_OPS[op].sources[schedule][0]) == 1  # no norm kernel leaves tiles
     tokens = round_up(max_num_tokens, COLUMNS)
     columns = tokens // COLUMNS
     for cluster, warps, blocks_per_sm in itertools.product((1, 2, 4), (4, 8, 16), (1, 2, 3, 4)):
@@ -275,13 +277,14 @@ def _fitting(op: str, k: int, n: int, max_num_tokens: int, schedule: str, multip
             # two steps side by side read whole 128-byte lines: 4.6 against 5.0 µs (K 1024, 8 tokens, H200)
             for units in (2, 1) if steps % 2 == 0 else (1,):
                 iterations = steps // units * cluster
-                for stage in sorted({stages, min(stages, 2), 1}):
+                for stage in sorted({stages, stages // 2 * 2, min(stages, 2), 1} - {0}):
                     for early in (stage, 0) if schedule == "fused" else (stage,):
                         for prefetch in (0, 2, steps) if steps > early else (0,):
                             plan = Plan(max_num_tokens, schedule, grid, iterations, cluster, warps, stage, early, prefetch, blocks_per_sm)
-                            yield plan
-                            if schedule == "fused" and steps > 1:
-                                yield replace(plan, pipelined=True)
+                            for lines in (False, True) if rows_in and units % 2 == 0 and stage % 2 == 0 else (False,):
+                                yield replace(plan, lines=lines)
+                                if steps > 1:
+                                    yield replace(plan, lines=lines, pipelined=True)
 
 
 def distance(op: str, plan: Plan, k: int, n: int, multiprocessors: int = 132) -> float:

@@ -50,7 +50,7 @@ extern "C" __global__ void __launch_bounds__(Plan::THREADS) rms_norm_first(Argum
     }
   }
   const float square_of_rms = block_sum<Plan>(shared, sum_0) * (1.0f / Plan::K) + args.eps;
-  const float inverse_rms = rsqrt_fast(square_of_rms);
+  const float inverse_rms = inverse_sqrt(square_of_rms);
   MIRAGE_UNROLL
   for (int v = 0; v < Plan::VECTORS_PER_THREAD; ++v) {
     const int k = (v * Plan::THREADS + threadIdx.x) * kVector;

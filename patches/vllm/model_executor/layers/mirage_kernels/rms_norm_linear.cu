@@ -71,7 +71,7 @@ extern "C" __global__ void __launch_bounds__(Plan::THREADS, MIRAGE_OCCUPANCY) rm
   for (int c = 0; c < Plan::TOKEN_TILES; ++c) store_row_sum<Plan>(shared, at, 0, c, sum_0[c]);
   gemm.finish(shared, at, args.num_tokens, [&](int token, int n, float (&acc)[1][2]) {
     const float square_of_rms = row_sum<Plan>(shared, 0, token) * (1.0f / Plan::K) + args.eps;
-    const float inverse_rms = rsqrt_fast(square_of_rms);
+    const float inverse_rms = inverse_sqrt(square_of_rms);
     float result[2];
     MIRAGE_UNROLL
     for (int j = 0; j < 2; ++j) {
