@@ -320,14 +320,16 @@ def test_a_step_gives_the_same_stream_wherever_the_residual_is_added(monkeypatch
         step.layer({**kernels, "norm_qkv": None}, 0, x, r)
 
 
-def test_the_fused_schedule_is_offered_plain_and_pipelined():
-    count = 8
+def test_every_form_is_offered():
+    count, either = 8, (False, True)
     for op in layer.GEMMS:
         kind, k, n = SHAPE.gemm(op)
         found = tune.gemm_candidates(kind, k, n, 8, count, GPU)
-        forms = [(plan.schedule, plan.pipelined) for plan in found]
-        fused = [("fused", False), ("fused", True)] if "fused" in plans.GEMM_OPS[kind].sources else []
-        assert list(dict.fromkeys(forms)) == [*fused, ("split", False)]
+        forms = [tune.form_of(plan) for plan in found]
+        # behind a norm kernel activations lie in tiles, which are whole lines
+        split = [("split", pipelined, lines) for pipelined in either for lines in (either if op in layer.PROJECTIONS else (False,))]
+        fused = [("fused", pipelined, lines) for pipelined in either for lines in either if op not in layer.PROJECTIONS]
+        assert list(dict.fromkeys(forms)) == [*fused, *split]
         assert all(0 < forms.count(form) <= count for form in forms)
 
 
