@@ -368,7 +368,7 @@ def times_in_a_stock_step(shape: LayerShape, op: str, limit: int, gpu: Gpu, trie
 
 
 def can_warm(plan: plans.Plan, op: str, gpu: Gpu) -> bool:
-    """Whether a plan has a norm kernel that does not warm weights yet, and the architecture the instruction (sm_90 and up)."""
+    """Whether a plan has a norm kernel that does not warm weights yet, and its GEMM may start under that one (sm_90 and up)."""
     return plan.schedule == "split" and op not in PROJECTIONS and not plan.warm and plans.largest_cluster(gpu.arch) > 1
 
 
