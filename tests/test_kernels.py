@@ -300,8 +300,8 @@ def test_a_gemm_reads_the_tiles_that_a_norm_leaves(folder, op, chosen):
 
 
 @needs_gxx
-def test_nan_stays_in_its_row(folder):
-    chosen = plan(tokens=16)
+@pytest.mark.parametrize("chosen", [plan(tokens=16), plan(tokens=16, forloop=2, lines=True)], ids=["halves", "lines"])
+def test_nan_stays_in_its_row(folder, chosen):
     graph = graph_for("rms_norm_linear", 512, 64, chosen)
     kernel = emulate.EmulatedKernel(lower.lower(graph), chosen.defines(512, 64), folder)
     arguments = draw(graph, 9)
