@@ -53,10 +53,15 @@ def table_plans(op: str, k: int, n: int) -> list[plans.Plan]:
     return found
 
 
-def form_plans(op: str, k: int, n: int) -> list[plans.Plan]:
-    """The forms of a norm op that the table may lack for a shape: pipelined, and a norm kernel that warms."""
-    pipelined = next(plan for plan in plans.candidates(op, k, n, 8, "fused") if plan.pipelined)
-    return [pipelined, replace(next(plans.candidates(op, k, n, 16, "split")), warm=512)]
+def form_plans(op: str, k: int, n: int) -> list[list[plans.Plan]]:
+    """A plan for 8 tokens and one for 16 of every form that an op has, whatever the table holds; where there is a norm kernel, it warms."""
+    forms: dict[tuple[str, bool, bool], dict[int, plans.Plan]] = {}
+    for limit in (8, 16):
+        for schedule, sources in plans.GEMM_OPS[op].sources.items():
+            warm = 512 if len(sources[0]) > 1 else 0
+            for plan in plans.candidates(op, k, n, limit, schedule):
+                forms.setdefault((schedule, plan.pipelined, plan.lines), {}).setdefault(limit, replace(plan, warm=warm))
+    return [list(by_limit.values()) for by_limit in forms.values()]
 
 
 def run_gemm(op: str, k: int, n: int, found: list[plans.Plan]) -> int:
@@ -104,7 +109,7 @@ def run_attention(heads: int, kv_heads: int, page: int) -> int:
 def main() -> None:
     small = "small" in sys.argv[1:]
     calls = sum(run_gemm(*case, table_plans(*case)) for case in GEMMS if not small or case[1] * case[2] <= SMALL)
-    calls += sum(run_gemm(*case, form_plans(*case)) for case in GEMMS if "norm" in case[0] and case[1] * case[2] <= SMALL)
+    calls += sum(run_gemm(*case, form) for case in GEMMS if case[1] * case[2] <= SMALL for form in form_plans(*case))
     calls += sum(run_attention(*heads, page) for heads, page in zip(HEADS, (16, 32, 16, 32), strict=True))
     torch.cuda.synchronize()
     print(f"{calls} calls")
