@@ -11,7 +11,8 @@ serve   real prompts through LLM.generate: latency, time to first token, time pe
 step    GPU time of one decode step: replays the CUDA graphs that the engine captured, no host time in it
 kernel  each fused op by itself against the stock path and against the memory floor, weights cold
 
-Exit status: 0 measured, 1 a measurement failed or --compare found a regression, 2 wrong input.
+Exit status: 0 measured, 1 a measurement failed or --compare found a regression, 2 wrong input, 130 interrupted (what was
+measured is kept).
 BENCHMARK_GUIDE.md explains every option and how to read the report.
 """
 
@@ -31,6 +32,7 @@ import random
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -933,6 +935,7 @@ def run_kernel(options: argparse.Namespace, scratch: Path, result: dict[str, Any
     try:
         bandwidth = worker.call("copy_bandwidth")
         result["floor"] = {"copy_bandwidth_bytes_per_s": bandwidth}
+        describe(worker, result)
         for size, op, batch in itertools.product(sizes, LAYER_OPS, options.batch_sizes):
             screen.status(f"{op}, Qwen3-{size}, {batch} tokens")
             counts = {"rounds": options.num_iterations, "warmup": options.num_warmup, "seed": options.seed}
@@ -1123,6 +1126,8 @@ def print_report(result: dict[str, Any]) -> None:
         print(f"Tokens: {result['tokens']['text']}.")
     if result["reason"]:
         print(f"No speed-up is reported: {result['reason']}.")
+    if result.get("interrupted"):
+        print("Interrupted: these are the whole rounds measured until then.")
 
 
 def overlay_text(report: dict[str, Any]) -> str:
@@ -1477,7 +1482,10 @@ def measure(options: argparse.Namespace, command: str, scratch: Path) -> dict[st
     }  # fmt: skip
     with Screen(result) as screen:
         if options.level == "kernel":
-            run_kernel(options, scratch, result, screen)
+            try:
+                run_kernel(options, scratch, result, screen)
+            except KeyboardInterrupt:
+                keep_whole_rounds(result)
         else:
             screen.status(f"starting {model.name} in both arms")
             offline = Path(model.path).is_dir()
@@ -1489,11 +1497,25 @@ def measure(options: argparse.Namespace, command: str, scratch: Path) -> dict[st
                 level(session, options, model, result, screen)
                 if options.profile:
                     result["timeline"] = profile_layers(session, options, model)
+            except KeyboardInterrupt:
+                keep_whole_rounds(result)
             finally:
                 session.close()
     result["environment"]["state_after"] = gpu_state()
     finish(result)
     return result
+
+
+def keep_whole_rounds(result: dict[str, Any]) -> None:
+    """Make an interrupted run's report one of what it has measured; KeyboardInterrupt again if that is nothing."""
+    for line in result["rows"]:
+        whole = min(map(len, line["samples"].values()))
+        line["samples"] = {arm: samples[:whole] for arm, samples in line["samples"].items()}
+    result["rows"] = [line for line in result["rows"] if line["samples"]["stock"] or line["note"]]
+    described = {"mirage"} if result["level"] == "kernel" else set(ARMS)  # with its first row
+    if not result["rows"] or described - result["reports"].keys():
+        raise KeyboardInterrupt
+    result["interrupted"] = True
 
 
 def profile_layers(session: Session, options: argparse.Namespace, model: Model) -> dict[str, Any]:
@@ -1512,7 +1534,7 @@ def show(options: argparse.Namespace, result: dict[str, Any]) -> int:
     """Print, draw and compare a report; returns the exit status."""
     print_report(result)
     for path, drawing in ((options.plot, draw), (options.profile, draw_timeline)):
-        if path:
+        if path and not (drawing is draw_timeline and result.get("interrupted")):
             drawing(result, path)
             print(f"Drawn: {path}")
     if not options.compare:
@@ -1527,6 +1549,7 @@ def main(arguments: list[str]) -> int:
     if arguments == ["--worker"]:
         worker_main()
         return 0
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what was measured is kept
     try:
         options = parse(arguments)
         if options.compare:
@@ -1539,7 +1562,11 @@ def main(arguments: list[str]) -> int:
             options.json.parent.mkdir(parents=True, exist_ok=True)
             options.json.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
             print(f"Written: {options.json}")
-        return show(options, result)
+        status = show(options, result)
+        return 130 if result.get("interrupted") else status
+    except KeyboardInterrupt:
+        print("Interrupted before anything was measured.", file=sys.stderr)
+        return 130
     except UsageError as error:
         print(error, file=sys.stderr)
         return 2

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -467,6 +468,54 @@ def test_a_fresh_process_measures_every_batch_size_in_its_turn(made_up: bench.Se
     assert MadeUpWorker.starts == ["stock", "mirage"] * 5
     assert MadeUpWorker.turns == [(arm, batch) for arm in bench.ARMS for batch in (1, 4, 1, 4)] * 5  # the warm-up round first
     assert all(len(line["samples"][arm]) == 5 for line in result["rows"] for arm in bench.ARMS)
+
+
+def test_an_interrupted_run_keeps_its_whole_rounds(made_up: bench.Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = bench.parse(["--level", "step", "--batch-sizes", "1", "4", "--num-iterations", "5", "--num-warmup", "1"])
+    rounds = MadeUpWorker.step
+
+    def measured(turns: int) -> dict[str, Any]:
+        def step(self: MadeUpWorker, replays: int) -> float:
+            if len(MadeUpWorker.turns) == turns:
+                raise KeyboardInterrupt
+            return rounds(self, replays)
+
+        MadeUpWorker.turns.clear()
+        monkeypatch.setattr(MadeUpWorker, "step", step)
+        result = unfinished("step")
+        with pytest.raises(KeyboardInterrupt):
+            bench.run_step(made_up, options, MODEL, result, bench.Screen(result))
+        bench.keep_whole_rounds(result)
+        bench.finish(result)
+        return result
+
+    result = measured(12 + 2 + 5)  # batch 4 in its third round, mirage's turn
+    assert result["interrupted"] and result["reason"] is None
+    decode = [line for line in result["rows"] if line["metric"] == "decode step"]
+    assert [(line["batch"], line["stock"]["n"], line["mirage"]["n"]) for line in decode] == [(1, 5, 5), (4, 2, 2)]
+    assert [line["speedup"]["ratio"] for line in decode] == [1.25, 1.25]
+    for turns in (0, 2, 11):  # before the arms have described themselves
+        with pytest.raises(KeyboardInterrupt):
+            measured(turns)
+
+
+def test_an_interrupted_run_writes_its_report_and_exits_with_130(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "report.json"
+    monkeypatch.setattr(bench, "measure", lambda *_: report() | {"interrupted": True})
+    arguments = ["--level", "step", "--json", str(path), "--profile", str(tmp_path / "layer.png")]
+    assert bench.main(arguments) == 130
+    assert len(json.loads(path.read_text())["rows"]) == 2
+    assert "Interrupted: these are the whole rounds measured until then." in capsys.readouterr().out
+
+    def nothing(*_: Any) -> dict[str, Any]:
+        os.kill(os.getpid(), signal.SIGTERM)  # as `timeout` does
+        raise AssertionError
+
+    monkeypatch.setattr(bench, "measure", nothing)
+    assert bench.main(arguments) == 130
+    assert capsys.readouterr().err == "Interrupted before anything was measured.\n"
 
 
 @pytest.mark.parametrize(("contexts", "more"), [(["128"], 4), (["64", "256"], 4), (["256", "300"], 0)])
