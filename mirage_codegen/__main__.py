@@ -66,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser("tune", help=tune.__doc__)
     models = "such as 0.6B, or 8B/2 for one of two tensor-parallel ranks (default: Qwen3 0.6B to 32B on one GPU, a few minutes each)"
     command.add_argument("--models", nargs="*", metavar="NAME", help=models)
-    candidates = "plans tried for each op, schedule and token limit (default: 16)"
+    candidates = "plans tried for each op, form and token limit (default: 16)"
     command.add_argument("--candidates", type=_positive, default=16, metavar="N", help=candidates)
     measures = "in a step whose ops are all kernels, each op alone, or both (default)"
     command.add_argument("--measures", nargs="+", choices=("step", "alone"), default=("step", "alone"), metavar="HOW", help=measures)

@@ -96,10 +96,8 @@ static void store(void *address, void const *value, int size) {
 static void load(void *value, void const *address, int size) {
   assert(reinterpret_cast<uintptr_t>(address) % size == 0);
   memcpy(value, address, size);
-  unsigned char const *from = static_cast<unsigned char const *>(address);
   for (Store &s : self->pending)  // a thread sees its own stores
-    for (int i = 0; i < s.size; ++i)
-      if (s.address + i >= from && s.address + i < from + size) static_cast<unsigned char *>(value)[s.address + i - from] = s.bytes[i];
+    if (s.address == address) memcpy(value, s.bytes, size);
 }
 static WarpExchange &my_warp() { return exchange[(self->block * threads_per_block + self->thread) / 32]; }
 static void run_fiber(Fiber &fiber) {

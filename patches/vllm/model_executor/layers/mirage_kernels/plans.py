@@ -277,11 +277,13 @@ def _fitting(op: str, k: int, n: int, max_num_tokens: int, schedule: str, multip
             # two steps side by side read whole 128-byte lines: 4.6 against 5.0 µs (K 1024, 8 tokens, H200)
             for units in (2, 1) if steps % 2 == 0 else (1,):
                 iterations = steps // units * cluster
-                for stage in sorted({stages, stages // 2 * 2, min(stages, 2), 1} - {0}):
+                usual = {stages, min(stages, 2), 1}
+                for stage in sorted(usual | ({stages // 2 * 2} - {0})):
                     for early in (stage, 0) if schedule == "fused" else (stage,):
                         for prefetch in (0, 2, steps) if steps > early else (0,):
                             plan = Plan(max_num_tokens, schedule, grid, iterations, cluster, warps, stage, early, prefetch, blocks_per_sm)
-                            for lines in (False, True) if rows_in and units % 2 == 0 and stage % 2 == 0 else (False,):
+                            whole_lines = rows_in and units % 2 == 0 and stage % 2 == 0
+                            for lines in [False] * (stage in usual) + [True] * whole_lines:
                                 yield replace(plan, lines=lines)
                                 if steps > 1:
                                     yield replace(plan, lines=lines, pipelined=True)
