@@ -14,7 +14,6 @@
 #include <string.h>
 #include <ucontext.h>
 
-#include <random>
 #include <vector>
 
 #define __global__
@@ -57,7 +56,6 @@ static std::vector<unsigned char> memory;
 static std::vector<WarpExchange> exchange;
 static Fiber *self;
 static ucontext_t scheduler;
-static std::mt19937 random_source(1);
 static bool delayed;
 static std::vector<void const *> prefetched;  // the address of each request
 static int threads_per_block, first_block;
@@ -159,10 +157,10 @@ static int run_cluster(int block, int blocks, int threads, void (*body)()) {  //
     f.context.uc_stack.ss_sp = f.stack.data(), f.context.uc_stack.ss_size = f.stack.size(), f.context.uc_link = nullptr;
     makecontext(&f.context, trampoline, 0);
   }
-  const size_t warps = fibers.size() / 32, late = random_source() % warps;
+  const size_t warps = fibers.size() / 32, late = rand() % warps;
   for (;;) {
     bool progress = false, done = true;
-    const size_t start = random_source() % warps;
+    const size_t start = rand() % warps;
     for (size_t i = 0; i < warps && !progress; ++i)
       if ((start + i) % warps != late) progress = run_warp((start + i) % warps * 32);
     if (!progress) progress = open_barriers(blocks) || run_warp(late * 32);
