@@ -935,7 +935,7 @@ def run_kernel(options: argparse.Namespace, scratch: Path, result: dict[str, Any
     try:
         bandwidth = worker.call("copy_bandwidth")
         result["floor"] = {"copy_bandwidth_bytes_per_s": bandwidth}
-        describe(worker, result)
+        describe(worker, result)  # now for a run that is interrupted, and again when the peak of memory is known
         for size, op, batch in itertools.product(sizes, LAYER_OPS, options.batch_sizes):
             screen.status(f"{op}, Qwen3-{size}, {batch} tokens")
             counts = {"rounds": options.num_iterations, "warmup": options.num_warmup, "seed": options.seed}
@@ -1481,29 +1481,33 @@ def measure(options: argparse.Namespace, command: str, scratch: Path) -> dict[st
         "settings": {name: getattr(options, name) for name in (*names, "enforce_eager", "replays")},
     }  # fmt: skip
     with Screen(result) as screen:
-        if options.level == "kernel":
-            try:
+        try:
+            if options.level == "kernel":
                 run_kernel(options, scratch, result, screen)
-            except KeyboardInterrupt:
-                keep_whole_rounds(result)
-        else:
-            screen.status(f"starting {model.name} in both arms")
-            offline = Path(model.path).is_dir()
-            session = Session(scratch, engine, offline, options.fresh)
-            try:
-                session.start(together=gpu)
-                result["start_seconds"] = session.start_seconds
-                level = run_serve if options.level == "serve" else run_step
-                level(session, options, model, result, screen)
-                if options.profile:
-                    result["timeline"] = profile_layers(session, options, model)
-            except KeyboardInterrupt:
-                keep_whole_rounds(result)
-            finally:
-                session.close()
+            else:
+                screen.status(f"starting {model.name} in both arms")
+                session = Session(scratch, engine, Path(model.path).is_dir(), options.fresh)
+                run_engines(session, options, model, result, screen, together=gpu)
+        except KeyboardInterrupt:
+            keep_whole_rounds(result)
     result["environment"]["state_after"] = gpu_state()
     finish(result)
     return result
+
+
+def run_engines(
+    session: Session, options: argparse.Namespace, model: Model, result: dict[str, Any], screen: Screen, together: bool
+) -> None:
+    """The serve or step level, and the profile where one is asked for, in engines that start here (`together`: at once) and end here."""
+    try:
+        session.start(together)
+        result["start_seconds"] = session.start_seconds
+        level = run_serve if options.level == "serve" else run_step
+        level(session, options, model, result, screen)
+        if options.profile:
+            result["timeline"] = profile_layers(session, options, model)
+    finally:
+        session.close()
 
 
 def keep_whole_rounds(result: dict[str, Any]) -> None:
@@ -1557,15 +1561,19 @@ def main(arguments: list[str]) -> int:
         if options.from_json:
             return show(options, together([load_result(path) for path in options.from_json]))
         with tempfile.TemporaryDirectory(prefix="mirage-bench-") as scratch:
-            result = measure(options, shlex.join(["benchmark_mirage.py", *arguments]), Path(scratch))
+            try:
+                result = measure(options, shlex.join(["benchmark_mirage.py", *arguments]), Path(scratch))
+            except KeyboardInterrupt:
+                print("Interrupted before anything was measured.", file=sys.stderr)
+                return 130
         if options.json:
             options.json.parent.mkdir(parents=True, exist_ok=True)
             options.json.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
             print(f"Written: {options.json}")
         status = show(options, result)
         return 130 if result.get("interrupted") else status
-    except KeyboardInterrupt:
-        print("Interrupted before anything was measured.", file=sys.stderr)
+    except KeyboardInterrupt:  # while the report was written or drawn
+        print("Interrupted.", file=sys.stderr)
         return 130
     except UsageError as error:
         print(error, file=sys.stderr)

@@ -72,7 +72,7 @@ def gemm_candidates(kind: str, k: int, n: int, limit: int, count: int, gpu: Gpu)
         if form[0] == "fused" and limit > 16:
             continue  # measured: 32 tokens normalised by every block never win
         every = plans.candidates(kind, k, n, limit, form[0], gpu.multiprocessors, gpu.arch)
-        found = [plan for plan in every if form_of(plan) == form]
+        found = [plan for plan in every if plan.form == form]
         ranked = sorted(found, key=lambda plan: plans.distance(kind, plan, k, n, gpu.multiprocessors))
         seen: dict[tuple, int] = {}
         kept = []
@@ -83,11 +83,6 @@ def gemm_candidates(kind: str, k: int, n: int, limit: int, count: int, gpu: Gpu)
                 kept.append(plan)
         chosen += kept[:count]
     return chosen
-
-
-def form_of(plan: plans.Plan) -> tuple[str, bool, bool]:
-    """What of a plan is another program, not another tiling."""
-    return plan.schedule, plan.pipelined, plan.lines
 
 
 def attention_candidates(shape: LayerShape, limit: int, gpu: Gpu) -> Iterator[plans.AttentionPlan]:
@@ -167,7 +162,7 @@ class Alone:
         """µs and plan of the fastest, the next kernel's weights warmed or not; None if no candidate is right."""
         forms: dict[tuple[str, bool, bool], list[plans.Plan]] = {}
         for _, plan in self.fastest(candidates, 3):
-            forms.setdefault(form_of(plan), []).append(plan)
+            forms.setdefault(plan.form, []).append(plan)
         first = [plan for of_form in forms.values() for plan in of_form[:AGAIN]]  # of each: warming favours what loses without
         warm = [replace(plan, warm=warm) for plan in first if can_warm(plan, self.op, self.gpu) for warm in WARMTHS]
         again = [plan for _, plan in self.fastest([*first, *warm], 7)[:AGAIN]]

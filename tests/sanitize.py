@@ -60,7 +60,7 @@ def form_plans(op: str, k: int, n: int) -> list[list[plans.Plan]]:
         for schedule, sources in plans.GEMM_OPS[op].sources.items():
             warm = 512 if len(sources[0]) > 1 else 0
             for plan in plans.candidates(op, k, n, limit, schedule):
-                forms.setdefault((schedule, plan.pipelined, plan.lines), {}).setdefault(limit, replace(plan, warm=warm))
+                forms.setdefault(plan.form, {}).setdefault(limit, replace(plan, warm=warm))
     return [list(by_limit.values()) for by_limit in forms.values()]
 
 

@@ -517,6 +517,15 @@ def test_an_interrupted_run_writes_its_report_and_exits_with_130(
     assert bench.main(arguments) == 130
     assert capsys.readouterr().err == "Interrupted before anything was measured.\n"
 
+    def drawn(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    path.unlink()
+    monkeypatch.setattr(bench, "measure", lambda *_: report())
+    monkeypatch.setattr(bench, "print_report", drawn)
+    assert bench.main(arguments) == 130
+    assert capsys.readouterr().err == "Interrupted.\n" and len(json.loads(path.read_text())["rows"]) == 2
+
 
 @pytest.mark.parametrize(("contexts", "more"), [(["128"], 4), (["64", "256"], 4), (["256", "300"], 0)])
 def test_the_step_level_takes_several_contexts_and_adds_prefill_to_short_ones(

@@ -325,7 +325,7 @@ def test_every_form_is_offered():
     for op in layer.GEMMS:
         kind, k, n = SHAPE.gemm(op)
         found = tune.gemm_candidates(kind, k, n, 8, count, GPU)
-        forms = [tune.form_of(plan) for plan in found]
+        forms = [plan.form for plan in found]
         # behind a norm kernel activations lie in tiles, which are whole lines
         split = [("split", pipelined, lines) for pipelined in either for lines in (either if op in layer.PROJECTIONS else (False,))]
         fused = [("fused", pipelined, lines) for pipelined in either for lines in either if op not in layer.PROJECTIONS]

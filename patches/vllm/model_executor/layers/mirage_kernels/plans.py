@@ -120,6 +120,11 @@ class Plan:
     pipelined: bool = False
     lines: bool = False
 
+    @property
+    def form(self) -> tuple[str, bool, bool]:
+        """What of a plan is another program, not another tiling."""
+        return self.schedule, self.pipelined, self.lines
+
     def defines(self, k: int, n: int) -> dict[str, int]:
         """The macros that bind a GEMM source to this plan."""
         return {
@@ -277,7 +282,7 @@ def _fitting(op: str, k: int, n: int, max_num_tokens: int, schedule: str, multip
             # two steps side by side read whole 128-byte lines: 4.6 against 5.0 µs (K 1024, 8 tokens, H200)
             for units in (2, 1) if steps % 2 == 0 else (1,):
                 iterations = steps // units * cluster
-                usual = {stages, min(stages, 2), 1}
+                usual = {stages, min(stages, 2), 1}  # whole lines may also take the even number below the most that fit
                 for stage in sorted(usual | ({stages // 2 * 2} - {0})):
                     for early in (stage, 0) if schedule == "fused" else (stage,):
                         for prefetch in (0, 2, steps) if steps > early else (0,):
