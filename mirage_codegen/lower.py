@@ -285,7 +285,8 @@ class _Gemm:
         name, p = self.graph.name, self.prologue
         counts = f"{len(self.matmuls)}, {len(p.activations)}, {len(p.vectors)}, {len(p.row_sums)}"
         yield "using Plan = mirage::Schedule<MIRAGE_K, MIRAGE_N, MIRAGE_TOKENS, MIRAGE_GRID, MIRAGE_FORLOOP, MIRAGE_CLUSTER, MIRAGE_WARPS,"
-        yield f"                              MIRAGE_STAGES, MIRAGE_EARLY, MIRAGE_PREFETCH, MIRAGE_TILED, MIRAGE_LINES, {counts}>;"
+        yield "                              MIRAGE_STAGES, MIRAGE_EARLY, MIRAGE_PREFETCH, MIRAGE_TILED, MIRAGE_LINES, MIRAGE_PIPELINED,"
+        yield f"                              MIRAGE_GEMV, {counts}>;"
         yield ""
         yield from _launch_shape("Plan::GRID * Plan::CLUSTER", 0, "Plan::CLUSTER")
         yield ""
@@ -294,18 +295,16 @@ class _Gemm:
         yield "  MIRAGE_SHARED(shared);"
         yield "  const Position<Plan> at;"
         yield "  if (Plan::CLUSTER > 1) cluster_arrive();"
-        yield f"  SkinnyGemm<Plan> gemm(args.{self.weight}, at);"
+        yield f"  Gemm<Plan> gemm(args.{self.weight}, at);"
         yield f"  gemm.start_early(args.{self.weight}, at);"
         yield "  release_next_kernel();"
         yield "  wait_for_previous_kernel();"
         for tensor in self.late:
             yield f"  const LateInput<Plan> {tensor}_late(at, args.{tensor}, args.num_tokens);"
         yield from self._load_step()
-        yield from self._run()
-        yield "  if (Plan::CLUSTER > 1) cluster_wait();  // the other blocks have started: their shared memory may be written"
-        for i, _ in enumerate(p.row_sums):
-            yield "  MIRAGE_UNROLL"
-            yield f"  for (int c = 0; c < Plan::TOKEN_TILES; ++c) store_row_sum<Plan>(shared, at, {i}, c, sum_{i}[c]);"
+        yield from self._prologue()
+        yield from self._after_prologue()
+        yield "  gemm.run(load_step, prologue, after_prologue);"
         yield from self._finish()
         yield "}"
 
@@ -321,16 +320,14 @@ class _Gemm:
         yield "    }"
         yield "  };"
 
-    def _run(self) -> Iterator[str]:
+    def _prologue(self) -> Iterator[str]:
         p = self.prologue
-        run = ("  if (MIRAGE_PIPELINED) gemm.run_pipelined(load_step, prologue);", "  else gemm.run(load_step, prologue);")
         for i, _ in enumerate(p.row_sums):
             yield f"  float sum_{i}[Plan::TOKEN_TILES][Plan::GROUP] = {{}};"
         values = p.values("e")
         operand = values.expression[self.operand]
         if not p.row_sums and not p.stored and operand == f"{p.activations[0]}[e]":  # nothing to compute: the fragment is the operand
             yield "  auto prologue = [&](int, int c, Fragments<Plan> const &f) { return f.input[0][c]; };"
-            yield from run
             return
         yield "  auto prologue = [&](int step, int c, Fragments<Plan> const &f) {"
         arrays = [*p.activations, *p.vectors, *(f"{name}_out" for name in p.stored), "operand"]
@@ -350,10 +347,17 @@ class _Gemm:
         yield f"      operand[e] = {operand};"
         yield "    }"
         for name in p.stored:
-            yield f"    store_output<Plan, MIRAGE_PIPELINED>(at, args.{name}, args.num_tokens, c, step, {name}_out);"
+            yield f"    store_output<Plan>(at, args.{name}, args.num_tokens, c, step, {name}_out);"
         yield "    return pack(operand);"
         yield "  };"
-        yield from run
+
+    def _after_prologue(self) -> Iterator[str]:
+        yield "  auto after_prologue = [&] {"
+        yield "    if (Plan::CLUSTER > 1) cluster_wait();  // the other blocks have started: their shared memory may be written"
+        for i, _ in enumerate(self.prologue.row_sums):
+            yield "    MIRAGE_UNROLL"
+            yield f"    for (int c = 0; c < Plan::TOKEN_TILES; ++c) store_row_sum<Plan>(shared, at, {i}, c, sum_{i}[c]);"
+        yield "  };"
 
     def _finish(self) -> Iterator[str]:
         block, graph = self.block, self.graph

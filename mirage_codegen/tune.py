@@ -68,11 +68,13 @@ class Gpu:
 def gemm_candidates(kind: str, k: int, n: int, limit: int, count: int, gpu: Gpu) -> list[plans.Plan]:
     """The most promising plans, the same number of each form; of each (cluster, warps, room for the next kernel) the best few."""
     chosen: list[plans.Plan] = []
-    for form in itertools.product(plans.GEMM_OPS[kind].sources, (False, True), (False, True)):
-        if form[0] == "fused" and limit > 16:
+    forms: dict[plans.Form, list[plans.Plan]] = {}
+    for schedule in plans.GEMM_OPS[kind].sources:
+        if schedule == "fused" and limit > 16:
             continue  # measured: 32 tokens normalised by every block never win
-        every = plans.candidates(kind, k, n, limit, form[0], gpu.multiprocessors, gpu.arch)
-        found = [plan for plan in every if plan.form == form]
+        for plan in plans.candidates(kind, k, n, limit, schedule, gpu.multiprocessors, gpu.arch):
+            forms.setdefault(plan.form, []).append(plan)
+    for found in forms.values():
         ranked = sorted(found, key=lambda plan: plans.distance(kind, plan, k, n, gpu.multiprocessors))
         seen: dict[tuple, int] = {}
         kept = []
@@ -129,10 +131,9 @@ def in_table(shape: LayerShape, op: str, gpu: Gpu, alone: bool = False) -> list[
 
 
 def for_limit(limit: int, known: Iterable[plans.Plan | None]) -> list[plans.Plan]:
-    """Those plans whose kernels take `limit` tokens in the tiles that they have, for that limit."""
-    tokens = plans.round_up(limit, plans.COLUMNS)
-    fitting = [plan for plan in known if plan is not None and plans.round_up(plan.max_num_tokens, plans.COLUMNS) == tokens]
-    return [replace(plan, max_num_tokens=limit) for plan in fitting]
+    """Those plans whose kernels take `limit` tokens as they are compiled, for that limit."""
+    moved = ((plan, replace(plan, max_num_tokens=limit)) for plan in known if plan is not None)
+    return [after for before, after in moved if after.tokens == before.tokens]
 
 
 class Alone:
@@ -160,7 +161,7 @@ class Alone:
 
     def best(self, candidates: Iterable[plans.Plan]) -> tuple[float, plans.Plan] | None:
         """µs and plan of the fastest, the next kernel's weights warmed or not; None if no candidate is right."""
-        forms: dict[tuple[str, bool, bool], list[plans.Plan]] = {}
+        forms: dict[plans.Form, list[plans.Plan]] = {}
         for _, plan in self.fastest(candidates, 3):
             forms.setdefault(plan.form, []).append(plan)
         first = [plan for of_form in forms.values() for plan in of_form[:AGAIN]]  # of each: warming favours what loses without
@@ -400,7 +401,7 @@ def projections_add(shape: LayerShape, gpu: Gpu, found: dict[str, list]) -> tupl
 def _short(plan: Any) -> str:
     if plan is None:
         return "stock path"
-    form = plan.schedule + " pipelined" * plan.pipelined + " lines" * plan.lines
+    form = plan.schedule + " pipelined" * plan.pipelined + " lines" * plan.lines + " gemv" * plan.gemv
     return (
         f"{form} grid {plan.grid}×{plan.cluster} loop {plan.forloop_range} warps {plan.warps} "
         f"stages {plan.stages} early {plan.early} prefetch {plan.prefetch} warm {plan.warm} ({plan.blocks_per_sm} a multiprocessor)"

@@ -55,7 +55,7 @@ def table_plans(op: str, k: int, n: int) -> list[plans.Plan]:
 
 def form_plans(op: str, k: int, n: int) -> list[list[plans.Plan]]:
     """A plan for 8 tokens and one for 16 of every form that an op has, whatever the table holds; where there is a norm kernel, it warms."""
-    forms: dict[tuple[str, bool, bool], dict[int, plans.Plan]] = {}
+    forms: dict[plans.Form, dict[int, plans.Plan]] = {}
     for limit in (8, 16):
         for schedule, sources in plans.GEMM_OPS[op].sources.items():
             warm = 512 if len(sources[0]) > 1 else 0

@@ -194,7 +194,6 @@ def test_a_pipelined_kernel_equals_the_plain_one(folder, op, k, n, num_tokens, c
     forms = [replace(chosen, pipelined=form) for form in (True, False)]
     assert [form.defines(k, n)["MIRAGE_PIPELINED"] for form in forms] == [1, 0]
     kernel = lower.lower(graph)
-    assert "if (MIRAGE_PIPELINED) gemm.run_pipelined(" in kernel.source
     kernels = [emulate.EmulatedKernel(kernel, form.defines(k, n), folder) for form in forms]
     arguments = draw(graph, num_tokens)
     reference = expected(graph, arguments, num_tokens)
@@ -234,6 +233,41 @@ def test_a_kernel_that_reads_whole_lines_equals_its_graph(folder, op, k, n, num_
     assert worst_error(results[0], reference) < BF16
     for name in {"S", *(("O",) if "norm" not in op else ())} & reference.keys():  # sums over rows are added in another order
         assert (results[0][name] == results[1][name]).all()
+
+
+def gemv(grid=2, warps=1, slices=1, stages=2, tokens=1, schedule="fused", early=0):
+    return plans.Plan(tokens, schedule, grid, slices, 1, warps, stages, early, 0, 1, gemv=True)
+
+
+@needs_gxx
+@pytest.mark.parametrize("delayed", [False, True])
+@pytest.mark.parametrize(
+    "op, k, n, chosen",
+    [
+        ("rms_norm_linear", 512, 64, gemv(warps=2)),  # 32 rows of a block, summed in two parts
+        ("rms_norm_linear", 256, 30, gemv(grid=3, stages=4, early=4)),  # 10 rows
+        ("rms_norm_linear", 1536, 50, gemv(grid=7, warps=2, slices=3, stages=3, early=2)),  # 25 pairs of rows over 7 blocks
+        ("rms_norm_linear", 512, 38, gemv(grid=4, warps=2, tokens=3)),
+        ("rms_norm_linear_first", 768, 24, gemv(grid=5, warps=3, stages=1)),
+        ("rms_norm_gate_up_silu", 512, 44, gemv(grid=3, warps=2, stages=5)),
+        ("rms_norm_gate_up_silu_first", 512, 48, gemv(grid=3, slices=2, tokens=2)),
+        ("linear", 1024, 64, gemv(grid=9, warps=4, schedule="split", early=2)),
+        ("linear", 512, 6, gemv(grid=3, warps=2, stages=9)),  # fewer rows than stages
+        ("linear_residual", 512, 50, gemv(grid=6, warps=2, schedule="split", tokens=2)),
+        ("linear_residual", 256, 150, gemv(grid=1, tokens=1)),  # a thread finishes several pairs
+    ],
+    ids=lambda value: value if isinstance(value, (str, int)) else f"{value.grid}-{value.warps}-{value.stages}",
+)
+def test_a_gemv_equals_its_graph(folder, op, k, n, chosen, delayed):
+    graph = graph_for(op, k, n, replace(chosen, grid=1))  # a graph's blocks are all of one size
+    kernel = emulate.EmulatedKernel(lower.lower(graph), chosen.defines(k, n), folder)
+    for num_tokens in range(1, chosen.max_num_tokens + 1):
+        arguments = draw(graph, num_tokens)
+        reference = expected(graph, arguments, num_tokens)
+        results = [run(kernel, graph, arguments, num_tokens, delayed=delayed, seed=seed) for seed in (1, 2)]
+        assert worst_error(results[0], reference) < BF16
+        for name in reference:
+            assert (results[0][name] == results[1][name]).all()
 
 
 @needs_gxx

@@ -21,7 +21,8 @@ struct Arguments {
 };
 
 using Plan = mirage::Schedule<MIRAGE_K, MIRAGE_N, MIRAGE_TOKENS, MIRAGE_GRID, MIRAGE_FORLOOP, MIRAGE_CLUSTER, MIRAGE_WARPS,
-                              MIRAGE_STAGES, MIRAGE_EARLY, MIRAGE_PREFETCH, MIRAGE_TILED, MIRAGE_LINES, 2, 1, 0, 0>;
+                              MIRAGE_STAGES, MIRAGE_EARLY, MIRAGE_PREFETCH, MIRAGE_TILED, MIRAGE_LINES, MIRAGE_PIPELINED,
+                              MIRAGE_GEMV, 2, 1, 0, 0>;
 
 extern "C" __device__ const int mirage_launch_shape[5] = {
     Plan::GRID * Plan::CLUSTER, 0, Plan::THREADS, Plan::CLUSTER, Plan::SHARED_BYTES};
@@ -31,7 +32,7 @@ extern "C" __global__ void __launch_bounds__(Plan::THREADS, MIRAGE_OCCUPANCY) ga
   MIRAGE_SHARED(shared);
   const Position<Plan> at;
   if (Plan::CLUSTER > 1) cluster_arrive();
-  SkinnyGemm<Plan> gemm(args.W_gate_up, at);
+  Gemm<Plan> gemm(args.W_gate_up, at);
   gemm.start_early(args.W_gate_up, at);
   release_next_kernel();
   wait_for_previous_kernel();
@@ -42,9 +43,10 @@ extern "C" __global__ void __launch_bounds__(Plan::THREADS, MIRAGE_OCCUPANCY) ga
     }
   };
   auto prologue = [&](int, int c, Fragments<Plan> const &f) { return f.input[0][c]; };
-  if (MIRAGE_PIPELINED) gemm.run_pipelined(load_step, prologue);
-  else gemm.run(load_step, prologue);
-  if (Plan::CLUSTER > 1) cluster_wait();  // the other blocks have started: their shared memory may be written
+  auto after_prologue = [&] {
+    if (Plan::CLUSTER > 1) cluster_wait();  // the other blocks have started: their shared memory may be written
+  };
+  gemm.run(load_step, prologue, after_prologue);
   gemm.finish(shared, at, args.num_tokens, [&](int token, int n, float (&acc)[2][2]) {
     float result[2];
     MIRAGE_UNROLL

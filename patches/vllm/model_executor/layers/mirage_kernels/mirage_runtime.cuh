@@ -13,7 +13,9 @@
 //     A lane's 16 bytes are 8 neighbouring k of one row, used as the k of two mma steps in an order of our own; the activations'
 //     16 bytes follow the same order, and a dot product does not care;
 //   - K is split over the warps of a block and, for many tokens, over the blocks of a cluster: a block then loads only its share of the
-//     activations. Partial sums meet in shared memory, so that no second kernel reduces them.
+//     activations. Partial sums meet in shared memory, so that no second kernel reduces them;
+//   - for one token (Gemv) FMAs are enough. All threads of a block share a weight row and keep their k of the operand in registers, so that
+//     a block reads one contiguous stretch of memory, as a bare read does, and N need not divide into tiles of 16 rows.
 #pragma once
 
 #ifdef MIRAGE_EMULATE  // g++ build without a GPU: the same source, run by the emulator of the test-suite
@@ -202,30 +204,37 @@ MIRAGE_DEVICE Vec pack(float const (&in)[kVector]) {
 // ------------------------------------------------------------------------------------------------ schedule
 // Everything that the plan and the muGraph's grid, for-loop range and tile maps decide. Lengths are in elements.
 template <int K_, int N_, int TOKENS_, int GRID_, int FORLOOP_, int CLUSTER_, int WARPS_, int STAGES_, int EARLY_, int PREFETCH_,
-          int TILED_, int LINES_, int GEMMS_, int INPUTS_, int VECTORS_, int ROW_SUMS_>
+          int TILED_, int LINES_, int PIPELINED_, int GEMV_, int GEMMS_, int INPUTS_, int VECTORS_, int ROW_SUMS_>
 struct Schedule {
   static constexpr int K = K_, N = N_, TOKENS = TOKENS_, GRID = GRID_, FORLOOP = FORLOOP_, CLUSTER = CLUSTER_, WARPS = WARPS_;
   static constexpr int THREADS = WARPS * kWarp;
   static constexpr bool TILED = TILED_;                                         // activations lie in tiles, as a norm kernel leaves them
   static constexpr bool LINES = LINES_;                                         // activations lie in rows and are read as whole lines
+  static constexpr bool PIPELINED = PIPELINED_;                                 // a step's operand is ready before its weights are waited for
+  static constexpr bool GEMV = GEMV_;                                           // a step of weights is one row, by FMAs
   static constexpr int GROUP = LINES ? 2 : 1;                                   // steps whose activations are read together
+  static constexpr int COLUMNS = GEMV ? 1 : kColumns;                           // tokens that are multiplied together
   static constexpr int GEMMS = GEMMS_;                                          // weight tiles that share the activations
   static constexpr int INPUTS = INPUTS_;                                        // activation tensors [num_tokens, K]
   static constexpr int VECTORS = VECTORS_;                                      // weight vectors [K]
   static constexpr int ROW_SUMS = ROW_SUMS_;                                    // sums over whole rows of the activations
-  static constexpr int ROWS = N / GRID;                                         // output columns of a cluster = weight rows of each GEMM
+  static constexpr int ROWS = GEMV ? (N / 2 + GRID - 1) / GRID * 2 : N / GRID;  // output columns of a cluster = weight rows of each GEMM, at most
+  static constexpr bool UNEVEN = N % (GRID * 2) != 0;                           // some blocks of a GEMV have two fewer
   static constexpr int ROW_TILES = GEMMS * ROWS / kRowTile;
-  static constexpr int TOKEN_TILES = TOKENS / kColumns;
+  static constexpr int TOKEN_TILES = TOKENS / COLUMNS;
   static constexpr int K_BLOCK = K / CLUSTER;                                   // k of this block
   static constexpr int K_ITERATION = K / FORLOOP;                               // k of one for-loop iteration
   static constexpr int UNITS = K_ITERATION / (WARPS * kStep);                   // neighbouring steps of a warp in an iteration
-  static constexpr int STEPS = K_BLOCK / (WARPS * kStep);                       // steps of a warp
+  static constexpr int SLICES = K / (THREADS * kVector);                        // 16 bytes of a row that a thread of a GEMV has
+  static constexpr int STEPS = GEMV ? GEMMS * ROWS : K_BLOCK / (WARPS * kStep); // steps of a warp
   static constexpr int STAGES = STAGES_ < STEPS ? STAGES_ : STEPS;              // steps in flight
   static constexpr int EARLY = EARLY_ < STAGES ? EARLY_ : STAGES;               // steps of weights asked for before the previous kernel is done
   static constexpr int EARLY_ITERATIONS = (EARLY + UNITS - 1) / UNITS, LATE_ITERATIONS = FORLOOP / CLUSTER - EARLY_ITERATIONS;
   static constexpr int PREFETCH = PREFETCH_ < LATE_ITERATIONS ? PREFETCH_ : LATE_ITERATIONS;  // further iterations asked into L2 before that
-  static_assert(TOKENS % kColumns == 0, "tokens come in columns of an mma");
-  static_assert(N % GRID == 0 && ROWS % kRowTile == 0, "grid must divide N into tiles of 16 rows");
+  static_assert(TOKENS % COLUMNS == 0, "tokens come in columns of an mma");
+  static_assert(GEMV || (N % GRID == 0 && ROWS % kRowTile == 0), "grid must divide N into tiles of 16 rows");
+  static_assert(!GEMV || (FORLOOP == SLICES && N % 2 == 0 && CLUSTER == 1 && !TILED && !LINES && !PIPELINED && PREFETCH_ == 0),
+                "a GEMV's iteration is 16 bytes of a row for each thread");
   static_assert(K % FORLOOP == 0 && FORLOOP % CLUSTER == 0 && UNITS * WARPS * kStep == K_ITERATION, "for-loop range must divide K into warps x 32");
   static_assert(ROWS % (2 * CLUSTER) == 0, "a cluster's blocks share its rows in pairs");
   static_assert(!LINES || (!TILED && UNITS % 2 == 0 && STAGES % 2 == 0), "a line of a row is two neighbouring steps");
@@ -240,16 +249,25 @@ struct Schedule {
 
 // Where this thread stands. A fragment's 16 bytes: row (weight row, token) lane / 4, k lane % 4 * 8 and on, of a step's 32. Whole lines of
 // activations: of two steps the first reads the even tokens of a tile, the second the odd ones, each k lane % 8 * 8 and on of both steps' 64.
+// In a GEMV the steps of activations are slices of K: a thread's 16 bytes lie beside its neighbours', over the whole block.
 template <class S>
 struct Position {
-  int thread, lane, warp, rank, cluster, first_k;
+  int thread, lane, warp, rank, cluster, first_k, first_row, rows;  // rows: of the cluster, first_row and on
   MIRAGE_DEVICE Position()
       : thread(threadIdx.x), lane(threadIdx.x % kWarp), warp(threadIdx.x / kWarp), rank(S::CLUSTER > 1 ? cluster_rank() : 0),
-        cluster(blockIdx.x / S::CLUSTER), first_k(rank * S::K_BLOCK + warp * S::UNITS * kStep + lane % 4 * kVector) {}
+        cluster(blockIdx.x / S::CLUSTER),
+        first_k(S::GEMV ? thread * kVector : rank * S::K_BLOCK + warp * S::UNITS * kStep + lane % 4 * kVector),
+        first_row(row_of(cluster)), rows(S::GEMV && S::UNEVEN ? row_of(cluster + 1) - first_row : S::ROWS) {}
   MIRAGE_DEVICE int k(int step) const { return first_k + step_k(step); }  // from the tensor's start
-  MIRAGE_DEVICE int token(int tile, int step) const { return tile * kColumns + (S::LINES ? lane / 8 * 2 + step % 2 : lane / 4); }
+  MIRAGE_DEVICE int token(int tile, int step) const {
+    if (S::GEMV) return tile;
+    return tile * kColumns + (S::LINES ? lane / 8 * 2 + step % 2 : lane / 4);
+  }
   MIRAGE_DEVICE int activation_k(int step) const { return S::LINES ? k(step / 2 * 2) + (lane % 8 - lane % 4) * kVector : k(step); }
-  static MIRAGE_DEVICE constexpr int step_k(int step) { return step / S::UNITS * S::K_ITERATION + step % S::UNITS * kStep; }
+  static MIRAGE_DEVICE constexpr int step_k(int step) {
+    return S::GEMV ? step * S::K_ITERATION : step / S::UNITS * S::K_ITERATION + step % S::UNITS * kStep;
+  }
+  static MIRAGE_DEVICE int row_of(int cluster) { return S::GEMV && S::UNEVEN ? cluster * (S::N / 2) / S::GRID * 2 : cluster * S::ROWS; }
 };
 
 MIRAGE_DEVICE unsigned char const *element(void const *tensor, uint64_t index) { return static_cast<unsigned char const *>(tensor) + index * 2; }
@@ -295,12 +313,12 @@ MIRAGE_DEVICE Vec load_vector(Position<S> const &at, void const *tensor, int ste
   if (step % S::GROUP != 0) return {};  // a line's second step uses the first one's fragment
   return load_global(element(tensor, at.activation_k(step)));
 }
-// An output [num_tokens, K] that every cluster knows in full: each writes the steps that fall to it, PREDICATED inside run_pipelined.
-template <class S, bool PREDICATED>
+// An output [num_tokens, K] that every cluster knows in full: each writes the steps that fall to it.
+template <class S>
 MIRAGE_DEVICE void store_output(Position<S> const &at, void *tensor, int num_tokens, int tile, int step, float const (&values)[kVector]) {
   const int token = at.token(tile, step), k = at.activation_k(step);
   auto mine = [&] { return (token * (S::K / kStep) + k / kStep) % S::GRID == at.cluster; };
-  if (PREDICATED) {
+  if (S::PIPELINED) {
     store_global_if((token < num_tokens) & mine(), element(tensor, static_cast<uint64_t>(token) * S::K + k), pack(values));
   } else if (token < num_tokens && mine()) {
     store_global(element(tensor, static_cast<uint64_t>(token) * S::K + k), pack(values));
@@ -312,28 +330,28 @@ struct LateInput {
   static constexpr int SHARE = S::ROWS / 2 / S::CLUSTER;  // pairs of neighbouring n that a block finishes of each token, in the order of its threads
   uint32_t first = 0;
   MIRAGE_DEVICE LateInput(Position<S> const &at, void const *tensor, int num_tokens) {
-    const int token = at.thread / SHARE, n = at.cluster * S::ROWS + (at.rank * SHARE + at.thread % SHARE) * 2;
-    if (token < num_tokens) first = load_global_pair(element(tensor, static_cast<uint64_t>(token) * S::N + n));
+    const int token = at.thread / SHARE, row = (at.rank * SHARE + at.thread % SHARE) * 2, n = at.first_row + row;
+    if (token < num_tokens && row < at.rows) first = load_global_pair(element(tensor, static_cast<uint64_t>(token) * S::N + n));
   }
   MIRAGE_DEVICE uint32_t pair(Position<S> const &at, void const *tensor, int token, int n) const {
-    if (token * SHARE + n / 2 % SHARE == at.thread) return first;
+    if (token * SHARE + (n - at.first_row) / 2 % SHARE == at.thread) return first;
     return load_global_pair(element(tensor, static_cast<uint64_t>(token) * S::N + n));
   }
 };
 // Leaves this warp's share of a sum over rows of the activations where every block of the cluster finds it after a barrier.
 template <class S>
 MIRAGE_DEVICE void store_row_sum(unsigned char *shared, Position<S> const &at, int index, int tile, float (&sums)[S::GROUP]) {
+  constexpr int LANES = S::GEMV ? kWarp : 4 * S::GROUP;  // that share a token
   MIRAGE_UNROLL
   for (int i = 0; i < S::GROUP; ++i) {
     float sum = sums[i];
-    sum += shuffle_xor(sum, 1);
-    sum += shuffle_xor(sum, 2);
-    if (S::LINES) sum += shuffle_xor(sum, 4);
+    MIRAGE_UNROLL
+    for (int mask = 1; mask < LANES; mask *= 2) sum += shuffle_xor(sum, mask);
     const int slot = (index * S::TOKENS + at.token(tile, i)) * S::SUM_PARTS + at.rank * S::WARPS + at.warp;
     if (S::CLUSTER == 1) {
-      if (at.lane % (4 * S::GROUP) == 0) store_shared(shared + S::SUMS_OFFSET + slot * 4, sum);
+      if (at.lane % LANES == 0) store_shared(shared + S::SUMS_OFFSET + slot * 4, sum);
     } else {
-      for (int rank = at.lane % (4 * S::GROUP); rank < S::CLUSTER; rank += 4 * S::GROUP) store_cluster(shared + S::SUMS_OFFSET + slot * 4, rank, sum);
+      for (int rank = at.lane % LANES; rank < S::CLUSTER; rank += LANES) store_cluster(shared + S::SUMS_OFFSET + slot * 4, rank, sum);
     }
   }
 }
@@ -398,6 +416,55 @@ MIRAGE_DEVICE float block_sum(unsigned char *shared, float sum) {
   return sum;
 }
 
+// ------------------------------------------------------------------------------------------------ epilogue
+template <class S>
+MIRAGE_DEVICE int partial_slot(int warp, int token, int row) { return ((warp * S::TOKENS + token) * S::PITCH + row) * 4; }  // row of all GEMMS
+template <class S>
+MIRAGE_DEVICE float warp_sum(unsigned char const *shared, int token, int row) {
+  float sum = 0.0f;
+  MIRAGE_UNROLL
+  for (int w = 0; w < S::WARPS; ++w) sum += load_shared_float(shared + partial_slot<S>(w, token, row));
+  return sum;
+}
+template <class S>
+MIRAGE_DEVICE int cluster_slot(int rank, int token, int gemm, int row) {  // row counts inside the share of the block that finishes it
+  return S::CLUSTER_OFFSET + (((rank * S::TOKENS + token) * S::GEMMS + gemm) * (S::ROWS / S::CLUSTER) + row) * 4;
+}
+template <class S>
+MIRAGE_DEVICE float rank_sum(unsigned char const *shared, int token, int gemm, int row) {
+  float sum = 0.0f;
+  MIRAGE_UNROLL
+  for (int rank = 0; rank < S::CLUSTER; ++rank) sum += load_shared_float(shared + cluster_slot<S>(rank, token, gemm, row));
+  return sum;
+}
+// Sums the shares that the warps have left in partial_slot() and the cluster's, then calls epilogue(token, n, values[GEMMS][2]) for two
+// neighbouring n of each token.
+template <class S, class Epilogue>
+MIRAGE_DEVICE void finish_rows(unsigned char *shared, Position<S> const &at, int num_tokens, Epilogue epilogue) {
+  block_barrier();
+  constexpr int PAIRS = S::ROWS / 2, SHARE = PAIRS / S::CLUSTER;
+  if (S::CLUSTER > 1) {
+    for (int i = at.thread; i < num_tokens * S::GEMMS * PAIRS; i += S::THREADS) {  // push each sum to the block that finishes it
+      const int pair = i % PAIRS, gemm = i / PAIRS % S::GEMMS, token = i / (PAIRS * S::GEMMS);
+      MIRAGE_UNROLL
+      for (int j = 0; j < 2; ++j)
+        store_cluster(shared + cluster_slot<S>(at.rank, token, gemm, pair % SHARE * 2 + j), pair / SHARE,
+                      warp_sum<S>(shared, token, gemm * S::ROWS + pair * 2 + j));
+    }
+    cluster_barrier<S>();
+  }
+  for (int i = at.thread; i < num_tokens * SHARE; i += S::THREADS) {
+    const int pair = i % SHARE, token = i / SHARE;
+    if (S::GEMV && S::UNEVEN && pair * 2 >= at.rows) continue;
+    float values[S::GEMMS][2];
+    MIRAGE_UNROLL
+    for (int v = 0; v < S::GEMMS * 2; ++v)
+      values[v / 2][v % 2] =
+          S::CLUSTER > 1 ? rank_sum<S>(shared, token, v / 2, pair * 2 + v % 2) : warp_sum<S>(shared, token, v / 2 * S::ROWS + pair * 2 + v % 2);
+    epilogue(token, at.first_row + (at.rank * SHARE + pair) * 2, values);
+  }
+}
+
 // ------------------------------------------------------------------------------------------------ skinny GEMM
 template <class S>
 struct SkinnyGemm {
@@ -407,7 +474,7 @@ struct SkinnyGemm {
   unsigned char const *weight;           // this lane's 16 bytes of row lane / 4 of the cluster, at step 0
 
   MIRAGE_DEVICE SkinnyGemm(void const *tensor, Position<S> const &at) {
-    weight = element(tensor, static_cast<uint64_t>(at.cluster * S::ROWS + at.lane / 4) * S::K + at.first_k);
+    weight = element(tensor, static_cast<uint64_t>(at.first_row + at.lane / 4) * S::K + at.first_k);
     MIRAGE_UNROLL
     for (int i = 0; i < S::ROW_TILES * S::TOKEN_TILES * 4; ++i) acc[i / (S::TOKEN_TILES * 4)][i / 4 % S::TOKEN_TILES][i % 4] = 0.0f;
   }
@@ -417,7 +484,7 @@ struct SkinnyGemm {
     for (int step = 0; step < S::EARLY; ++step) load(step);
     MIRAGE_UNROLL
     for (int g = 0; g < S::GEMMS; ++g) {
-      const uint64_t row = static_cast<uint64_t>(g) * S::N + at.cluster * S::ROWS, k = at.rank * S::K_BLOCK + S::EARLY_ITERATIONS * S::K_ITERATION;
+      const uint64_t row = static_cast<uint64_t>(g) * S::N + at.first_row, k = at.rank * S::K_BLOCK + S::EARLY_ITERATIONS * S::K_ITERATION;
       prefetch_rows<S::ROWS, S::PREFETCH * S::K_ITERATION * 2, S::THREADS>(element(tensor, row * S::K + k), S::K * 2, at.thread);
     }
   }
@@ -451,9 +518,15 @@ struct SkinnyGemm {
     if (S::LINES) exchange_halves(operand[0], operand[S::GROUP - 1]);
   }
   // load_step(step, fragments&) loads the activations of a step; prologue(step, tile, fragments) makes of them the operand's
-  // fragment for one tile of 8 tokens.
+  // fragment for one tile of 8 tokens; after_prologue() runs once behind the last of these.
+  template <class LoadStep, class Prologue, class AfterPrologue>
+  MIRAGE_DEVICE void run(LoadStep load_step, Prologue prologue, AfterPrologue after_prologue) {
+    if constexpr (S::PIPELINED) run_pipelined(load_step, prologue);
+    else run_plain(load_step, prologue);
+    after_prologue();
+  }
   template <class LoadStep, class Prologue>
-  MIRAGE_DEVICE void run(LoadStep load_step, Prologue prologue) {
+  MIRAGE_DEVICE void run_plain(LoadStep load_step, Prologue prologue) {
     MIRAGE_UNROLL
     for (int step = 0; step < S::STAGES; ++step) {
       load_step(step, activations[step]);  // before the weights of the step: they would wait behind them
@@ -479,7 +552,7 @@ struct SkinnyGemm {
   }
   // The same with the operand of a step ready before its weights are waited for. A slot of the ring holds the operand beside the weights; the
   // activations of a step are asked for one group before its weights and are gone once these are asked for. With a prologue that computes, 1
-  // token, H200: 14.6 us where run() takes 15.6 (K 4096, N 6144), 48.9 instead of 52.8 with gate and up (N 12288); docs/perf-log.md.
+  // token, H200: 14.6 us where run_plain() takes 15.6 (K 4096, N 6144), 48.9 instead of 52.8 with gate and up (N 12288); docs/perf-log.md.
   template <class LoadStep, class Prologue>
   MIRAGE_DEVICE void run_pipelined(LoadStep load_step, Prologue prologue) {
     Vec operand[S::STAGES / S::GROUP][S::TOKEN_TILES][S::GROUP];
@@ -516,7 +589,6 @@ struct SkinnyGemm {
       }
     }
   }
-  // Sums the warps' and the cluster's shares, then calls epilogue(token, n, values[GEMMS][2]) for two neighbouring n of each token.
   template <class Epilogue>
   MIRAGE_DEVICE void finish(unsigned char *shared, Position<S> const &at, int num_tokens, Epilogue epilogue) {
     MIRAGE_UNROLL
@@ -526,44 +598,124 @@ struct SkinnyGemm {
       MIRAGE_UNROLL
     for (int i = 0; i < 4; ++i) {
       const int token = c * kColumns + at.lane % 4 * 2 + i % 2, row = r * kRowTile + at.lane / 4 + i / 2 * 8;
-      if (token < num_tokens) store_shared(shared + ((at.warp * S::TOKENS + token) * S::PITCH + row) * 4, acc[r][c][i]);
+      if (token < num_tokens) store_shared(shared + partial_slot<S>(at.warp, token, row), acc[r][c][i]);
     }
-    block_barrier();
-    constexpr int PAIRS = S::ROWS / 2, SHARE = PAIRS / S::CLUSTER;
-    if (S::CLUSTER > 1) {
-      for (int i = at.thread; i < num_tokens * S::GEMMS * PAIRS; i += S::THREADS) {  // push each sum to the block that finishes it
-        const int pair = i % PAIRS, gemm = i / PAIRS % S::GEMMS, token = i / (PAIRS * S::GEMMS);
-        MIRAGE_UNROLL
-        for (int j = 0; j < 2; ++j)
-          store_cluster(shared + cluster_slot(at.rank, token, gemm, pair % SHARE * 2 + j), pair / SHARE,
-                        warp_sum(shared, token, gemm * S::ROWS + pair * 2 + j));
-      }
-      cluster_barrier<S>();
-    }
-    for (int i = at.thread; i < num_tokens * SHARE; i += S::THREADS) {
-      const int pair = i % SHARE, token = i / SHARE;
-      float values[S::GEMMS][2];
-      MIRAGE_UNROLL
-      for (int v = 0; v < S::GEMMS * 2; ++v)
-        values[v / 2][v % 2] = S::CLUSTER > 1 ? rank_sum(shared, token, v / 2, pair * 2 + v % 2) : warp_sum(shared, token, v / 2 * S::ROWS + pair * 2 + v % 2);
-      epilogue(token, at.cluster * S::ROWS + (at.rank * SHARE + pair) * 2, values);
-    }
-  }
-  static MIRAGE_DEVICE float warp_sum(unsigned char const *shared, int token, int row) {
-    float sum = 0.0f;
-    MIRAGE_UNROLL
-    for (int w = 0; w < S::WARPS; ++w) sum += load_shared_float(shared + ((w * S::TOKENS + token) * S::PITCH + row) * 4);
-    return sum;
-  }
-  static MIRAGE_DEVICE int cluster_slot(int rank, int token, int gemm, int row) {  // row counts inside the share of the block that finishes it
-    return S::CLUSTER_OFFSET + (((rank * S::TOKENS + token) * S::GEMMS + gemm) * (S::ROWS / S::CLUSTER) + row) * 4;
-  }
-  static MIRAGE_DEVICE float rank_sum(unsigned char const *shared, int token, int gemm, int row) {
-    float sum = 0.0f;
-    MIRAGE_UNROLL
-    for (int rank = 0; rank < S::CLUSTER; ++rank) sum += load_shared_float(shared + cluster_slot(rank, token, gemm, row));
-    return sum;
+    finish_rows(shared, at, num_tokens, epilogue);
   }
 };
+
+// ------------------------------------------------------------------------------------------------ GEMV
+// Reads each weight row over all threads of the block, one row after the other, several in flight; gate and up take turns. 1 token, H200: K 4096,
+// N 2560 in 6.7 us where SkinnyGemm takes 8.5, within 1 % of a kernel that only reads the weights (docs/perf-log.md).
+template <class S>
+struct Gemv {
+  static constexpr int PART = S::STEPS % 16 == 0 ? 16 : S::STEPS % 8 == 0 ? 8 : S::STEPS % 4 == 0 ? 4 : 2;  // rows that a warp sums together
+  static constexpr int PARTS = S::STEPS / PART;
+  Vec ring[S::STAGES][S::SLICES];  // weights in flight
+  float acc[PARTS][S::TOKENS];     // of row lane / (32 / PART) of each part, this warp's sum
+  unsigned char const *weight;     // this thread's first 16 bytes of the block's first row
+  int const rows;
+
+  MIRAGE_DEVICE Gemv(void const *tensor, Position<S> const &at)
+      : weight(element(tensor, static_cast<uint64_t>(at.first_row) * S::K + at.first_k)), rows(at.rows) {}
+  // May run before the previous kernel has finished: weights do not depend on it.
+  MIRAGE_DEVICE void start_early(void const *, Position<S> const &) {
+    MIRAGE_UNROLL
+    for (int step = 0; step < S::EARLY; ++step) load(step);
+  }
+  MIRAGE_DEVICE void load(int step) {
+    const int gemm = step % S::GEMMS, row = step / S::GEMMS;
+    if (S::UNEVEN && row >= S::ROWS - 2 && row >= rows) return;
+    MIRAGE_UNROLL
+    for (int slice = 0; slice < S::SLICES; ++slice)
+      ring[step % S::STAGES][slice] = load_weights(element(weight, (static_cast<uint64_t>(gemm) * S::N + row) * S::K + Position<S>::step_k(slice)));
+  }
+  // As SkinnyGemm::run(), with a slice of K in place of a step and a token in place of a tile.
+  template <class LoadStep, class Prologue, class AfterPrologue>
+  MIRAGE_DEVICE void run(LoadStep load_step, Prologue prologue, AfterPrologue after_prologue) {
+    Fragments<S> activations[S::SLICES];
+    MIRAGE_UNROLL
+    for (int slice = 0; slice < S::SLICES; ++slice) load_step(slice, activations[slice]);
+    MIRAGE_UNROLL
+    for (int step = S::EARLY; step < S::STAGES; ++step) load(step);
+    keep_order();
+    float operand[S::TOKENS][S::SLICES][kVector];
+    MIRAGE_UNROLL
+    for (int slice = 0; slice < S::SLICES; ++slice)
+      MIRAGE_UNROLL
+    for (int token = 0; token < S::TOKENS; ++token) unpack(prologue(slice, token, activations[slice]), operand[token][slice]);
+    after_prologue();
+    keep_order();
+    MIRAGE_UNROLL
+    for (int part = 0; part < PARTS; ++part) {
+      float sums[S::TOKENS][PART];
+      MIRAGE_UNROLL
+      for (int i = 0; i < PART; ++i) {
+        const int step = part * PART + i;
+        multiply(step, operand, sums, i);
+        if (step + S::STAGES < S::STEPS) load(step + S::STAGES);
+        keep_order();
+      }
+      MIRAGE_UNROLL
+      for (int token = 0; token < S::TOKENS; ++token) acc[part][token] = sum_over_lanes(sums[token]);
+    }
+  }
+  MIRAGE_DEVICE void multiply(int step, float const (&operand)[S::TOKENS][S::SLICES][kVector], float (&sums)[S::TOKENS][PART], int i) {
+    float two[S::TOKENS][2] = {};  // chains of FMAs, half as long as one
+    MIRAGE_UNROLL
+    for (int slice = 0; slice < S::SLICES; ++slice) {
+      float row[kVector];
+      unpack(ring[step % S::STAGES][slice], row);
+      MIRAGE_UNROLL
+      for (int token = 0; token < S::TOKENS; ++token)
+        MIRAGE_UNROLL
+      for (int e = 0; e < kVector; ++e) two[token][e % 2] += row[e] * operand[token][slice][e];
+    }
+    MIRAGE_UNROLL
+    for (int token = 0; token < S::TOKENS; ++token) sums[token][i] = two[token][0] + two[token][1];
+  }
+  // Sums each of PART values over the warp; the 32 / PART lanes from lane i * 32 / PART on return value i. Lanes swap halves of what they
+  // have, so that PART - 1 shuffles do for all but the last rounds.
+  static MIRAGE_DEVICE float sum_over_lanes(float (&values)[PART]) {
+    const int lane = threadIdx.x % kWarp;
+    int mask = kWarp / 2;
+    MIRAGE_UNROLL
+    for (int half = PART / 2; half > 0; half /= 2, mask /= 2) {
+      const bool upper = lane & mask;
+      MIRAGE_UNROLL
+      for (int i = 0; i < half; ++i) {
+        const float other = shuffle_xor(upper ? values[i] : values[i + half], mask);
+        values[i] = (upper ? values[i + half] : values[i]) + other;
+      }
+    }
+    float sum = values[0];
+    MIRAGE_UNROLL
+    for (; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
+    return sum;
+  }
+  template <class Epilogue>
+  MIRAGE_DEVICE void finish(unsigned char *shared, Position<S> const &at, int num_tokens, Epilogue epilogue) {
+    constexpr int LANES = kWarp / PART;
+    MIRAGE_UNROLL
+    for (int part = 0; part < PARTS; ++part)
+      MIRAGE_UNROLL
+    for (int token = 0; token < S::TOKENS; ++token) {
+      const int step = part * PART + at.lane / LANES;
+      if (at.lane % LANES == 0) store_shared(shared + partial_slot<S>(at.warp, token, step % S::GEMMS * S::ROWS + step / S::GEMMS), acc[part][token]);
+    }
+    finish_rows(shared, at, num_tokens, epilogue);
+  }
+};
+
+template <bool GEMV, class S>
+struct Choose {
+  using Gemm = SkinnyGemm<S>;
+};
+template <class S>
+struct Choose<true, S> {
+  using Gemm = Gemv<S>;
+};
+template <class S>
+using Gemm = typename Choose<S::GEMV, S>::Gemm;
 
 }  // namespace mirage

@@ -20,6 +20,7 @@ TABLE = Path(__file__).parent / "plans.json"
 COLUMNS = 8  # tokens of one mma
 ROW_TILE = 16  # weight rows of one mma
 STEP = 32  # k of one 16-byte load by four lanes
+GEMV_TOKENS = 2  # for 4 the FMAs took longer than the weights: o_proj of 8B 14.4 µs, by mma 10.2 (H200)
 HEAD_DIM = 128  # the head that decode_attention.cu is written for
 # 32 requests: 1.05 of stock's speed at 2,000 tokens each, 0.97 at 8,000; between them 1 lies at some 4,700 (a decode step of 8B, H200)
 MANY_REQUESTS_CONTEXT = 4096
@@ -60,6 +61,9 @@ GEMM_OPS = {
     "linear": GemmOp(1, {"split": (("linear",),)}),
     "linear_residual": GemmOp(1, {"split": (("linear_residual",),)}, measured_only=True),
 }
+
+
+Form = tuple[str, bool, bool, bool]  # Plan.form
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,8 @@ class Plan:
     warm            bytes of every weight row that the norm kernel asks into L2 for its GEMM (split; sm_90 and up)
     pipelined       a step's activations are asked for and made the operand a step ahead, before its weights are waited for
     lines           activations are read in whole lines, two steps at once (where they lie in rows: not behind a norm kernel)
+    gemv            the threads of a block share one weight row after the other, by FMAs: `stages` and `early` count rows, an iteration is 8
+                    elements for each thread, and the clusters (of one block) share N in pairs of rows, whether grid divides it or not
     """
 
     max_num_tokens: int
@@ -119,18 +125,24 @@ class Plan:
     warm: int = 0
     pipelined: bool = False
     lines: bool = False
+    gemv: bool = False
 
     @property
-    def form(self) -> tuple[str, bool, bool]:
+    def form(self) -> Form:
         """What of a plan is another program, not another tiling."""
-        return self.schedule, self.pipelined, self.lines
+        return self.schedule, self.pipelined, self.lines, self.gemv
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the kernel is compiled for: those of whole mmas, or with FMAs no more than it must take."""
+        return self.max_num_tokens if self.gemv else round_up(self.max_num_tokens, COLUMNS)
 
     def defines(self, k: int, n: int) -> dict[str, int]:
         """The macros that bind a GEMM source to this plan."""
         return {
             "MIRAGE_K": k,
             "MIRAGE_N": n,
-            "MIRAGE_TOKENS": round_up(self.max_num_tokens, COLUMNS),
+            "MIRAGE_TOKENS": self.tokens,
             "MIRAGE_GRID": self.grid,
             "MIRAGE_FORLOOP": self.forloop_range,
             "MIRAGE_CLUSTER": self.cluster,
@@ -142,6 +154,7 @@ class Plan:
             "MIRAGE_TILED": 0,
             "MIRAGE_LINES": int(self.lines),
             "MIRAGE_PIPELINED": int(self.pipelined),
+            "MIRAGE_GEMV": int(self.gemv),
         }
 
 
@@ -250,8 +263,10 @@ def candidates(
     op: str, k: int, n: int, max_num_tokens: int, schedule: str, multiprocessors: int = 132, arch: str = "sm_90"
 ) -> Iterator[Plan]:
     """Every plan worth measuring for a shape: tiles that divide, registers and shared memory that fit, most multiprocessors busy."""
-    fitting = _fitting(op, k, n, max_num_tokens, schedule, multiprocessors)
-    found = [plan for plan in fitting if plan.cluster <= largest_cluster(arch)]
+    fitting = [_fitting(op, k, n, max_num_tokens, schedule, multiprocessors)]
+    if max_num_tokens <= GEMV_TOKENS:
+        fitting.append(_fitting_gemv(op, k, n, max_num_tokens, schedule, multiprocessors))
+    found = [plan for plan in itertools.chain.from_iterable(fitting) if plan.cluster <= largest_cluster(arch)]
     busy = [plan for plan in found if plan.grid * plan.cluster >= 0.72 * multiprocessors]
     if not busy and found:  # a narrow shard: as many blocks as it gives
         most = max(plan.grid * plan.cluster for plan in found)
@@ -294,10 +309,37 @@ def _fitting(op: str, k: int, n: int, max_num_tokens: int, schedule: str, multip
                                     yield replace(plan, lines=lines, pipelined=True)
 
 
+def _fitting_gemv(op: str, k: int, n: int, max_num_tokens: int, schedule: str, multiprocessors: int) -> Iterator[Plan]:
+    if len(GEMM_OPS[op].sources[schedule][0]) > 1:
+        return  # by themselves one kernel took 13.9 and 9.2 µs, two 14.4 and 9.8 (K 4096 and 2560, N 6144, 1 token, H200)
+    weights = GEMM_OPS[op].weights
+    for warps, blocks_per_sm in itertools.product(range(1, 21), range(1, 7)):
+        if k % (warps * 32 * COLUMNS) or not 8 <= warps * blocks_per_sm <= 48:
+            continue
+        slices = k // (warps * 32 * COLUMNS)
+        even = {n // rows for rows in (2, 4, 8, 12, 16, 24, 32, 48) if n % rows == 0}
+        slots = blocks_per_sm * multiprocessors
+        for grid in sorted(grid for grid in even | {min(slots, n // 2)} if grid <= slots):
+            rows = -(-n // 2 // grid) * 2 * weights
+            part = math.gcd(rows, 16)
+            shared = warps * max_num_tokens * (rows + 5) * 4
+            if rows > 96 or shared > SHARED_BYTES:
+                continue
+            for stages in (stages for stages in (2, 3, 4, 6, 8) if stages <= rows):
+                registers = max_num_tokens * (8 * slices + part) + stages * slices * 4 + 16
+                if registers <= min(255, REGISTERS // (warps * 32 * blocks_per_sm)):
+                    for early in (stages, 0) if schedule == "fused" else (stages,):
+                        yield Plan(max_num_tokens, schedule, grid, slices, 1, warps, stages, early, 0, blocks_per_sm, gemv=True)
+
+
 def distance(op: str, plan: Plan, k: int, n: int, multiprocessors: int = 132) -> float:
     """How unpromising a plan looks before anybody has measured it: multiprocessors idle, far from 48 KB of weights in flight on each."""
     blocks = plan.grid * plan.cluster
     per_sm = math.ceil(blocks / multiprocessors)
+    if plan.gemv:  # 80 KB: what won lay between 60 and 120
+        rows = n / 2 / (plan.grid if n % (2 * plan.grid) == 0 else blocks)
+        imbalance = math.ceil(rows) * per_sm * multiprocessors / (n / 2) - 1
+        return 2 * imbalance + 0.2 * abs(math.log2(per_sm * plan.stages * k * 2 / 81920)) + 0.03 * math.log2(plan.forloop_range)
     row_tiles = GEMM_OPS[op].weights * n // plan.grid // ROW_TILE
     in_flight = per_sm * plan.warps * plan.stages * row_tiles * ROW_TILE * STEP * 2
     idle = 1 - blocks / (multiprocessors * per_sm)

@@ -25,7 +25,8 @@ struct Arguments {
 };
 
 using Plan = mirage::Schedule<MIRAGE_K, MIRAGE_N, MIRAGE_TOKENS, MIRAGE_GRID, MIRAGE_FORLOOP, MIRAGE_CLUSTER, MIRAGE_WARPS,
-                              MIRAGE_STAGES, MIRAGE_EARLY, MIRAGE_PREFETCH, MIRAGE_TILED, MIRAGE_LINES, 1, 2, 1, 1>;
+                              MIRAGE_STAGES, MIRAGE_EARLY, MIRAGE_PREFETCH, MIRAGE_TILED, MIRAGE_LINES, MIRAGE_PIPELINED,
+                              MIRAGE_GEMV, 1, 2, 1, 1>;
 
 extern "C" __device__ const int mirage_launch_shape[5] = {
     Plan::GRID * Plan::CLUSTER, 0, Plan::THREADS, Plan::CLUSTER, Plan::SHARED_BYTES};
@@ -35,7 +36,7 @@ extern "C" __global__ void __launch_bounds__(Plan::THREADS, MIRAGE_OCCUPANCY) rm
   MIRAGE_SHARED(shared);
   const Position<Plan> at;
   if (Plan::CLUSTER > 1) cluster_arrive();
-  SkinnyGemm<Plan> gemm(args.W, at);
+  Gemm<Plan> gemm(args.W, at);
   gemm.start_early(args.W, at);
   release_next_kernel();
   wait_for_previous_kernel();
@@ -61,14 +62,15 @@ extern "C" __global__ void __launch_bounds__(Plan::THREADS, MIRAGE_OCCUPANCY) rm
       S_out[e] = S;
       operand[e] = s_scaled;
     }
-    store_output<Plan, MIRAGE_PIPELINED>(at, args.S, args.num_tokens, c, step, S_out);
+    store_output<Plan>(at, args.S, args.num_tokens, c, step, S_out);
     return pack(operand);
   };
-  if (MIRAGE_PIPELINED) gemm.run_pipelined(load_step, prologue);
-  else gemm.run(load_step, prologue);
-  if (Plan::CLUSTER > 1) cluster_wait();  // the other blocks have started: their shared memory may be written
-  MIRAGE_UNROLL
-  for (int c = 0; c < Plan::TOKEN_TILES; ++c) store_row_sum<Plan>(shared, at, 0, c, sum_0[c]);
+  auto after_prologue = [&] {
+    if (Plan::CLUSTER > 1) cluster_wait();  // the other blocks have started: their shared memory may be written
+    MIRAGE_UNROLL
+    for (int c = 0; c < Plan::TOKEN_TILES; ++c) store_row_sum<Plan>(shared, at, 0, c, sum_0[c]);
+  };
+  gemm.run(load_step, prologue, after_prologue);
   gemm.finish(shared, at, args.num_tokens, [&](int token, int n, float (&acc)[1][2]) {
     const float square_of_rms = row_sum<Plan>(shared, 0, token) * (1.0f / Plan::K) + args.eps;
     const float inverse_rms = inverse_sqrt(square_of_rms);
