@@ -30,7 +30,7 @@ from mirage_codegen.layer import GEMMS, MODELS, OPS, PROJECTIONS, LayerShape, St
 from mirage_kernels import plans  # isort: skip  (layer.py puts it on the path)
 from mirage_kernels.compiler import Build, CompileError, CubinCache  # isort: skip
 
-LIMITS = (1, 8, 16, 32, 48, 64)
+LIMITS = (1, 2, 8, 16, 32, 48, 64)
 ATTENTION_LIMITS = (1, 2, 4, 8, 16, 32, 64)
 CONTEXT = 256  # tokens of each request while plans are chosen
 LONG_CONTEXTS = (8192, plans.MANY_REQUESTS_CONTEXT)  # where attention must not lose either; if it does at the first, at least at the second

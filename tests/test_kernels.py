@@ -49,7 +49,8 @@ def plan(tokens=8, grid=2, forloop=4, cluster=1, warps=4, stages=2, prefetch=0, 
 
 def graph_for(op: str, k: int, n: int, chosen: plans.Plan) -> MuGraph:
     tokens = plans.round_up(chosen.max_num_tokens, plans.COLUMNS)
-    return ops.load_for(op, ops.Shape(tokens, k, n, chosen.grid, chosen.forloop_range, chosen.warps * 32))
+    grid = chosen.grid if n % chosen.grid == 0 else 1  # a graph's blocks are all of one size
+    return ops.load_for(op, ops.Shape(tokens, k, n, grid, chosen.forloop_range, chosen.warps * 32))
 
 
 def draw(graph: MuGraph, num_tokens: int, seed: int = 0):
@@ -148,6 +149,14 @@ BF16 = 4e-3  # one rounding of the operand and one of the output, each at most 2
         ("rms_norm_gate_up_silu", 512, 64, 11, plan(tokens=16, cluster=2)),
         ("rms_norm_gate_up_silu_first", 512, 64, 11, plan(tokens=16, cluster=2, schedule="fused")),
         ("gate_up_silu", 512, 96, 5, plan(grid=3, warps=8, forloop=2)),
+        # clusters of other sizes than whole tiles of 16 rows, some with a pair less than others
+        ("rms_norm_linear", 512, 40, 3, plan(grid=5)),
+        ("rms_norm_linear", 512, 50, 9, plan(tokens=16, grid=3, forloop=2, schedule="fused", pipelined=True, lines=True)),
+        ("linear", 512, 46, 8, plan(grid=2, stages=3)),
+        ("linear", 1024, 48, 11, plan(tokens=16, grid=2, forloop=8, cluster=2)),
+        ("linear_residual", 512, 76, 5, plan(grid=3, prefetch=2, stages=1)),
+        ("rms_norm_gate_up_silu", 512, 38, 6, plan(grid=2, pipelined=True)),
+        ("gate_up_silu", 512, 50, 3, plan(grid=4)),
     ],
     ids=lambda value: value if isinstance(value, (str, int)) else f"{value.grid}x{value.cluster}",
 )
@@ -259,7 +268,7 @@ def gemv(grid=2, warps=1, slices=1, stages=2, tokens=1, schedule="fused", early=
     ids=lambda value: value if isinstance(value, (str, int)) else f"{value.grid}-{value.warps}-{value.stages}",
 )
 def test_a_gemv_equals_its_graph(folder, op, k, n, chosen, delayed):
-    graph = graph_for(op, k, n, replace(chosen, grid=1))  # a graph's blocks are all of one size
+    graph = graph_for(op, k, n, chosen)
     kernel = emulate.EmulatedKernel(lower.lower(graph), chosen.defines(k, n), folder)
     for num_tokens in range(1, chosen.max_num_tokens + 1):
         arguments = draw(graph, num_tokens)
@@ -383,22 +392,26 @@ def _without(text: str, statement: str, occurrence: int) -> str:
 
 @needs_gxx
 @pytest.mark.parametrize(
-    "statement, cluster",
-    [("block_barrier();\n    constexpr int PAIRS", 1), ("cluster_barrier<S>();\n    }\n    for", 2)],
-    ids=["partial sums of the warps", "partial sums of the cluster"],
+    "statement, chosen",
+    [
+        ("block_barrier();\n  constexpr int PAIRS", plan()),
+        ("block_barrier();\n  constexpr int PAIRS", gemv(warps=2)),
+        ("cluster_barrier<S>();\n  }\n  for", plan(cluster=2)),
+    ],
+    ids=["partial sums of the warps", "partial sums of a GEMV's warps", "partial sums of the cluster"],
 )
 @pytest.mark.parametrize("op", ["rms_norm_linear", "linear_residual"])
-def test_a_barrier_removed_from_the_gemm_is_caught(folder, op, statement, cluster):
-    chosen = plan(cluster=cluster)
+def test_a_barrier_removed_from_the_gemm_is_caught(folder, op, statement, chosen):
     graph = graph_for(op, 512, 64, chosen)
     runtime = emulate.RUNTIME.read_text()
     barrier = statement.split("\n")[0]
     assert runtime.count(statement) == 1
     broken = runtime.replace(statement, statement[len(barrier) :])
     kernel = emulate.EmulatedKernel(lower.lower(graph), chosen.defines(512, 64), folder, runtime=broken)
-    arguments = draw(graph, 8)
-    reference = expected(graph, arguments, 8)
-    errors = [worst_error(run(kernel, graph, arguments, 8, delayed=True, seed=seed), reference) for seed in range(3)]
+    num_tokens = chosen.max_num_tokens
+    arguments = draw(graph, num_tokens)
+    reference = expected(graph, arguments, num_tokens)
+    errors = [worst_error(run(kernel, graph, arguments, num_tokens, delayed=True, seed=seed), reference) for seed in range(3)]
     assert not max(errors) < BF16
 
 

@@ -218,9 +218,9 @@ struct Schedule {
   static constexpr int INPUTS = INPUTS_;                                        // activation tensors [num_tokens, K]
   static constexpr int VECTORS = VECTORS_;                                      // weight vectors [K]
   static constexpr int ROW_SUMS = ROW_SUMS_;                                    // sums over whole rows of the activations
-  static constexpr int ROWS = GEMV ? (N / 2 + GRID - 1) / GRID * 2 : N / GRID;  // output columns of a cluster = weight rows of each GEMM, at most
-  static constexpr bool UNEVEN = N % (GRID * 2) != 0;                           // some blocks of a GEMV have two fewer
-  static constexpr int ROW_TILES = GEMMS * ROWS / kRowTile;
+  static constexpr int ROWS = (N / 2 + GRID - 1) / GRID * 2;                    // output columns of a cluster = weight rows of each GEMM, at most
+  static constexpr bool UNEVEN = N % (GRID * 2) != 0;                           // some clusters have two fewer
+  static constexpr int TILES = (ROWS + kRowTile - 1) / kRowTile, ROW_TILES = GEMMS * TILES;  // the last of a GEMM's may have fewer rows than 16
   static constexpr int TOKEN_TILES = TOKENS / COLUMNS;
   static constexpr int K_BLOCK = K / CLUSTER;                                   // k of this block
   static constexpr int K_ITERATION = K / FORLOOP;                               // k of one for-loop iteration
@@ -232,15 +232,15 @@ struct Schedule {
   static constexpr int EARLY_ITERATIONS = (EARLY + UNITS - 1) / UNITS, LATE_ITERATIONS = FORLOOP / CLUSTER - EARLY_ITERATIONS;
   static constexpr int PREFETCH = PREFETCH_ < LATE_ITERATIONS ? PREFETCH_ : LATE_ITERATIONS;  // further iterations asked into L2 before that
   static_assert(TOKENS % COLUMNS == 0, "tokens come in columns of an mma");
-  static_assert(GEMV || (N % GRID == 0 && ROWS % kRowTile == 0), "grid must divide N into tiles of 16 rows");
-  static_assert(!GEMV || (FORLOOP == SLICES && N % 2 == 0 && CLUSTER == 1 && !TILED && !LINES && !PIPELINED && PREFETCH_ == 0),
+  static_assert(N % 2 == 0, "clusters share N in pairs of rows");
+  static_assert(!GEMV || (FORLOOP == SLICES && CLUSTER == 1 && !TILED && !LINES && !PIPELINED && PREFETCH_ == 0),
                 "a GEMV's iteration is 16 bytes of a row for each thread");
   static_assert(K % FORLOOP == 0 && FORLOOP % CLUSTER == 0 && UNITS * WARPS * kStep == K_ITERATION, "for-loop range must divide K into warps x 32");
-  static_assert(ROWS % (2 * CLUSTER) == 0, "a cluster's blocks share its rows in pairs");
+  static_assert(CLUSTER == 1 || (!UNEVEN && ROWS % (2 * CLUSTER) == 0), "a cluster's blocks share its rows in pairs");
   static_assert(!LINES || (!TILED && UNITS % 2 == 0 && STAGES % 2 == 0), "a line of a row is two neighbouring steps");
 
   // shared memory, used at the end only: partial sums of the warps | row sums of the warps and blocks | partial sums of the blocks
-  static constexpr int PITCH = GEMMS * ROWS + 4;                                // 4 mod 16 words: the four lanes of a row hit different banks
+  static constexpr int PITCH = (GEMMS * ROWS + 15) / 16 * 16 + 4;               // 4 mod 16 words: the four lanes of a row hit different banks
   static constexpr int SUMS_OFFSET = WARPS * TOKENS * PITCH * 4;
   static constexpr int SUM_PARTS = WARPS * CLUSTER;
   static constexpr int CLUSTER_OFFSET = SUMS_OFFSET + ROW_SUMS * TOKENS * SUM_PARTS * 4;
@@ -257,7 +257,7 @@ struct Position {
       : thread(threadIdx.x), lane(threadIdx.x % kWarp), warp(threadIdx.x / kWarp), rank(S::CLUSTER > 1 ? cluster_rank() : 0),
         cluster(blockIdx.x / S::CLUSTER),
         first_k(S::GEMV ? thread * kVector : rank * S::K_BLOCK + warp * S::UNITS * kStep + lane % 4 * kVector),
-        first_row(row_of(cluster)), rows(S::GEMV && S::UNEVEN ? row_of(cluster + 1) - first_row : S::ROWS) {}
+        first_row(row_of(cluster)), rows(S::UNEVEN ? row_of(cluster + 1) - first_row : S::ROWS) {}
   MIRAGE_DEVICE int k(int step) const { return first_k + step_k(step); }  // from the tensor's start
   MIRAGE_DEVICE int token(int tile, int step) const {
     if (S::GEMV) return tile;
@@ -267,7 +267,7 @@ struct Position {
   static MIRAGE_DEVICE constexpr int step_k(int step) {
     return S::GEMV ? step * S::K_ITERATION : step / S::UNITS * S::K_ITERATION + step % S::UNITS * kStep;
   }
-  static MIRAGE_DEVICE int row_of(int cluster) { return S::GEMV && S::UNEVEN ? cluster * (S::N / 2) / S::GRID * 2 : cluster * S::ROWS; }
+  static MIRAGE_DEVICE int row_of(int cluster) { return S::UNEVEN ? cluster * (S::N / 2) / S::GRID * 2 : cluster * S::ROWS; }
 };
 
 MIRAGE_DEVICE unsigned char const *element(void const *tensor, uint64_t index) { return static_cast<unsigned char const *>(tensor) + index * 2; }
@@ -278,17 +278,17 @@ MIRAGE_DEVICE uint64_t tiled_index(int token, int k, int row_length) {
   return (static_cast<uint64_t>(token / kColumns) * row_length + k / kStep * kStep) * kColumns + token % kColumns * kStep + k % kStep;
 }
 
-// Asks the first BYTES of each of ROWS rows, `pitch` bytes apart, into L2; `thread` of THREADS. At most 512 of every row before the next 512: in
+// Asks the first BYTES of each of `rows` rows, ROWS at most and `pitch` bytes apart, into L2; `thread` of THREADS. At most 512 of every row before the next 512: in
 // that order they are read. Bulk prefetches hold their thread up for some 0.7 us (H200; docs/perf-log.md).
 template <int ROWS, int BYTES, int THREADS>
-MIRAGE_DEVICE void prefetch_rows(unsigned char const *first, uint64_t pitch, int thread) {
+MIRAGE_DEVICE void prefetch_rows(unsigned char const *first, uint64_t pitch, int thread, int rows = ROWS) {
   if constexpr (BYTES > 0) {
     constexpr int EACH = 64;  // bytes of a request; 32 and 128 were up to 0.1 us slower
     constexpr int PART = BYTES % 512 == 0 ? 512 : BYTES % 256 == 0 ? 256 : BYTES % 128 == 0 ? 128 : 64, PER_PART = PART / EACH;
     static_assert(BYTES % PART == 0, "requests are whole");
     for (int i = thread; i < ROWS * (BYTES / EACH); i += THREADS) {
       const int row = i / PER_PART % ROWS, part = i / (PER_PART * ROWS);
-      prefetch_l2(first + row * pitch + part * PART + i % PER_PART * EACH);
+      if (row < rows) prefetch_l2(first + row * pitch + part * PART + i % PER_PART * EACH);
     }
   }
 }
@@ -455,7 +455,7 @@ MIRAGE_DEVICE void finish_rows(unsigned char *shared, Position<S> const &at, int
   }
   for (int i = at.thread; i < num_tokens * SHARE; i += S::THREADS) {
     const int pair = i % SHARE, token = i / SHARE;
-    if (S::GEMV && S::UNEVEN && pair * 2 >= at.rows) continue;
+    if (S::UNEVEN && pair * 2 >= at.rows) continue;
     float values[S::GEMMS][2];
     MIRAGE_UNROLL
     for (int v = 0; v < S::GEMMS * 2; ++v)
@@ -472,8 +472,9 @@ struct SkinnyGemm {
   Fragments<S> activations[S::STAGES];
   float acc[S::ROW_TILES][S::TOKEN_TILES][4];
   unsigned char const *weight;           // this lane's 16 bytes of row lane / 4 of the cluster, at step 0
+  int const my_rows;                     // of the cluster, from this lane's first on
 
-  MIRAGE_DEVICE SkinnyGemm(void const *tensor, Position<S> const &at) {
+  MIRAGE_DEVICE SkinnyGemm(void const *tensor, Position<S> const &at) : ring(), my_rows(at.rows - at.lane / 4) {
     weight = element(tensor, static_cast<uint64_t>(at.first_row + at.lane / 4) * S::K + at.first_k);
     MIRAGE_UNROLL
     for (int i = 0; i < S::ROW_TILES * S::TOKEN_TILES * 4; ++i) acc[i / (S::TOKEN_TILES * 4)][i / 4 % S::TOKEN_TILES][i % 4] = 0.0f;
@@ -485,16 +486,16 @@ struct SkinnyGemm {
     MIRAGE_UNROLL
     for (int g = 0; g < S::GEMMS; ++g) {
       const uint64_t row = static_cast<uint64_t>(g) * S::N + at.first_row, k = at.rank * S::K_BLOCK + S::EARLY_ITERATIONS * S::K_ITERATION;
-      prefetch_rows<S::ROWS, S::PREFETCH * S::K_ITERATION * 2, S::THREADS>(element(tensor, row * S::K + k), S::K * 2, at.thread);
+      prefetch_rows<S::ROWS, S::PREFETCH * S::K_ITERATION * 2, S::THREADS>(element(tensor, row * S::K + k), S::K * 2, at.thread, at.rows);
     }
   }
-  MIRAGE_DEVICE void load(int step) {
-    constexpr int TILES = S::ROWS / kRowTile;  // row tiles of one GEMM; GEMM g multiplies rows g * N of the weight tensor and on
+  MIRAGE_DEVICE void load(int step) {  // GEMM g multiplies rows g * N of the weight tensor and on; rows that the cluster lacks stay 0
     MIRAGE_UNROLL
-    for (int r = 0; r < S::ROW_TILES; ++r) {
-      const uint64_t index = (static_cast<uint64_t>(r / TILES) * S::N + r % TILES * kRowTile) * S::K + Position<S>::step_k(step);
-      ring[step % S::STAGES][r][0] = load_weights(element(weight, index));
-      ring[step % S::STAGES][r][1] = load_weights(element(weight, index + 8 * S::K));
+    for (int i = 0; i < S::ROW_TILES * 2; ++i) {
+      const int r = i / 2, half = i % 2, row = r % S::TILES * kRowTile + half * 8;
+      if (row >= S::ROWS || (row + 8 > S::ROWS - 2 * S::UNEVEN && row >= my_rows)) continue;
+      const uint64_t index = (static_cast<uint64_t>(r / S::TILES) * S::N + row) * S::K + Position<S>::step_k(step);
+      ring[step % S::STAGES][r][half] = load_weights(element(weight, index));
     }
   }
   MIRAGE_DEVICE void multiply(int step, int c, Vec b) {
@@ -597,8 +598,8 @@ struct SkinnyGemm {
     for (int c = 0; c < S::TOKEN_TILES; ++c)
       MIRAGE_UNROLL
     for (int i = 0; i < 4; ++i) {
-      const int token = c * kColumns + at.lane % 4 * 2 + i % 2, row = r * kRowTile + at.lane / 4 + i / 2 * 8;
-      if (token < num_tokens) store_shared(shared + partial_slot<S>(at.warp, token, row), acc[r][c][i]);
+      const int token = c * kColumns + at.lane % 4 * 2 + i % 2, row = r % S::TILES * kRowTile + at.lane / 4 + i / 2 * 8;
+      if (token < num_tokens && row < S::ROWS) store_shared(shared + partial_slot<S>(at.warp, token, r / S::TILES * S::ROWS + row), acc[r][c][i]);
     }
     finish_rows(shared, at, num_tokens, epilogue);
   }

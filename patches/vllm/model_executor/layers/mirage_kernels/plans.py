@@ -97,7 +97,8 @@ class Plan:
 
     schedule        "fused": one kernel, in which every block normalises all tokens for itself; "split": a norm kernel and a GEMM that
                     streams its weights while the norm runs. Fused is faster for few tokens.
-    grid            clusters along N: each computes N / grid columns (× 2 for gate and up)
+    grid            clusters along N: each computes N / grid columns (× 2 for gate and up), in whole pairs; a cluster of one block may have
+                    one pair less than others
     forloop_range   iterations of the μGraph's loop over K
     cluster         blocks that share a cluster's iterations (sm_90 and up; 1 elsewhere)
     warps           warps of a block; they share an iteration's K
@@ -109,7 +110,7 @@ class Plan:
     pipelined       a step's activations are asked for and made the operand a step ahead, before its weights are waited for
     lines           activations are read in whole lines, two steps at once (where they lie in rows: not behind a norm kernel)
     gemv            the threads of a block share one weight row after the other, by FMAs: `stages` and `early` count rows, an iteration is 8
-                    elements for each thread, and the clusters (of one block) share N in pairs of rows, whether grid divides it or not
+                    elements for each thread
     """
 
     max_num_tokens: int
@@ -283,15 +284,14 @@ def _fitting(op: str, k: int, n: int, max_num_tokens: int, schedule: str, multip
         if k % (cluster * warps * STEP) or not 8 <= warps * blocks_per_sm <= 32:
             continue
         steps = k // (cluster * warps * STEP)
-        for tiles in (t for t in range(1, 17 // weights) if n % (t * ROW_TILE) == 0 and t * ROW_TILE % (2 * cluster) == 0):
-            grid, row_tiles = n // (tiles * ROW_TILE), tiles * weights
-            if grid * cluster > multiprocessors * blocks_per_sm:
+        for grid, rows in _shares(n, cluster, multiprocessors * blocks_per_sm):
+            row_tiles = -(-rows // ROW_TILE) * weights
+            if row_tiles > 16 or grid * cluster > multiprocessors * blocks_per_sm:
                 continue
             registers = min(255, REGISTERS // (warps * 32 * blocks_per_sm))
-            per_stage = row_tiles * 8 + (columns * 8 + 4 if schedule == "fused" else columns * 4)
+            per_stage = -(-rows // 8) * weights * 4 + (columns * 8 + 4 if schedule == "fused" else columns * 4)
             stages = min(steps, (registers - row_tiles * columns * 4 - 28) // per_stage)
-            rows = row_tiles * ROW_TILE
-            shared = warps * tokens * (rows + 4) * 4 + tokens * warps * cluster * 4 + tokens * rows * 4
+            shared = warps * tokens * (row_tiles * ROW_TILE + 4) * 4 + tokens * warps * cluster * 4 + tokens * rows * weights * 4
             if stages < 1 or shared * blocks_per_sm > 220 * 1024 or shared > SHARED_BYTES:
                 continue
             # two steps side by side read whole 128-byte lines: 4.6 against 5.0 µs (K 1024, 8 tokens, H200)
@@ -309,18 +309,27 @@ def _fitting(op: str, k: int, n: int, max_num_tokens: int, schedule: str, multip
                                     yield replace(plan, lines=lines, pipelined=True)
 
 
+def _shares(n: int, cluster: int, slots: int, smallest: int = 8) -> Iterator[tuple[int, int]]:
+    """Ways to share N rows: (clusters, rows of a cluster at most). Equal ones, and as even as `slots` blocks can have them."""
+    for rows in (2, 4, 6, 8, 12, 24, 40, *range(16, 257, 16)):
+        if rows >= smallest and n % rows == 0 and rows % (2 * cluster) == 0:
+            yield n // rows, rows
+    if cluster == 1 and n % (2 * slots) and slots < n // 2:
+        yield slots, -(-n // 2 // slots) * 2
+
+
 def _fitting_gemv(op: str, k: int, n: int, max_num_tokens: int, schedule: str, multiprocessors: int) -> Iterator[Plan]:
     if len(GEMM_OPS[op].sources[schedule][0]) > 1:
         return  # by themselves one kernel took 13.9 and 9.2 µs, two 14.4 and 9.8 (K 4096 and 2560, N 6144, 1 token, H200)
     weights = GEMM_OPS[op].weights
-    for warps, blocks_per_sm in itertools.product(range(1, 21), range(1, 7)):
+    for warps, blocks_per_sm in itertools.product(range(1, 21), range(1, 9)):
         if k % (warps * 32 * COLUMNS) or not 8 <= warps * blocks_per_sm <= 48:
             continue
         slices = k // (warps * 32 * COLUMNS)
-        even = {n // rows for rows in (2, 4, 8, 12, 16, 24, 32, 48) if n % rows == 0}
-        slots = blocks_per_sm * multiprocessors
-        for grid in sorted(grid for grid in even | {min(slots, n // 2)} if grid <= slots):
-            rows = -(-n // 2 // grid) * 2 * weights
+        for grid, rows in _shares(n, 1, blocks_per_sm * multiprocessors, smallest=2):
+            rows *= weights
+            if grid > blocks_per_sm * multiprocessors:
+                continue
             part = math.gcd(rows, 16)
             shared = warps * max_num_tokens * (rows + 5) * 4
             if rows > 96 or shared > SHARED_BYTES:
@@ -337,11 +346,9 @@ def distance(op: str, plan: Plan, k: int, n: int, multiprocessors: int = 132) ->
     blocks = plan.grid * plan.cluster
     per_sm = math.ceil(blocks / multiprocessors)
     if plan.gemv:  # 80 KB: what won lay between 60 and 120
-        rows = n / 2 / (plan.grid if n % (2 * plan.grid) == 0 else blocks)
-        imbalance = math.ceil(rows) * per_sm * multiprocessors / (n / 2) - 1
+        imbalance = math.ceil(n / 2 / plan.grid) * per_sm * multiprocessors / (n / 2) - 1
         return 2 * imbalance + 0.2 * abs(math.log2(per_sm * plan.stages * k * 2 / 81920)) + 0.03 * math.log2(plan.forloop_range)
-    row_tiles = GEMM_OPS[op].weights * n // plan.grid // ROW_TILE
-    in_flight = per_sm * plan.warps * plan.stages * row_tiles * ROW_TILE * STEP * 2
+    in_flight = per_sm * plan.warps * plan.stages * GEMM_OPS[op].weights * n / plan.grid * STEP * 2
     idle = 1 - blocks / (multiprocessors * per_sm)
     return 4 * idle + 0.3 * math.log2(plan.cluster) + 0.2 * abs(math.log2(in_flight / 49152)) + 0.1 * (plan.prefetch > 0)
 
