@@ -452,8 +452,13 @@ def test_every_plan_is_a_tiling_of_its_graph():
     seen = set()
     for op, k, n, chosen in table_plans():
         graph = graph_for(gemm_of(op, chosen), k, n, chosen)
-        macros = chosen.defines(k, n)
-        assert {name: macros[name] for name in lower.defines(graph)} == lower.defines(graph)
+        macros, tiling = chosen.defines(k, n), lower.defines(graph)
+        if n % chosen.grid:  # a graph's blocks are all of one size, a kernel's may differ by a pair of rows
+            assert 0 < chosen.grid < n // 2 and chosen.cluster == 1
+            del tiling["MIRAGE_GRID"]
+        if chosen.gemv:  # it is compiled for no more tokens than it takes
+            assert tiling.pop("MIRAGE_TOKENS") == plans.COLUMNS >= chosen.tokens
+        assert {name: macros[name] for name in tiling} == tiling
         seen.add(op)
     assert seen == set(plans.GEMM_OPS)
 
