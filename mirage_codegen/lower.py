@@ -5,6 +5,7 @@ Two forms of kernel come out, both over the device runtime `mirage_runtime.cuh`:
 
     GEMM   prologue → skinny GEMM → epilogue. The prologue is everything elementwise between the graph's inputs and the left operand
            of its matmuls, at the kernel level (S = X + R) or in the loop (s·γ); the epilogue is everything after the loop.
+           The runtime multiplies by mma or, for one or two tokens, by FMAs; the plan says which.
     row    no matmul: each block holds whole rows of its inputs (the grid splits the tokens). A GEMM kernel reads what comes out, so it
            lies in that kernel's tiles (`tiled_index` of the runtime), and further blocks may ask that kernel's weights into L2
            (`warm_next_weights`): their address is an argument that no operator reads.
@@ -65,7 +66,8 @@ class Kernel:
 
 
 def defines(graph: MuGraph) -> dict[str, int]:
-    """The schedule macros that the graph itself decides; a plan adds the lowering's own (cluster, warps, stages, …)."""
+    """The schedule macros that the graph itself decides; a plan adds the lowering's own (cluster, warps, stages, …), and may give some
+    blocks a pair of rows less, which a graph, whose blocks are all of one size, cannot say."""
     block = graph.block_graph
     if not block.of_kind("matmul"):
         return {"MIRAGE_K": graph.tensor(_Row(graph).activations[0]).dims[1]}

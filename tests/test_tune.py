@@ -162,7 +162,8 @@ def test_behind_a_stock_op_the_plan_between_kernels_stays_where_it_makes_that_st
     between, for_more = plans.Plan(1, "split", 2, 4, 1, 8, 2, 2, 0, 1), plans.Plan(8, "split", 4, 4, 1, 8, 2, 2, 0, 1)
 
     def times(shape, op, limit, gpu, tried):
-        assert limit > 8 or tried[-1] == replace(between if limit == 1 else for_more, max_num_tokens=limit)  # what would run without a plan of its own
+        without = replace(between if limit == 1 else for_more, max_num_tokens=limit)  # what would run without a plan of its own
+        assert limit > 8 or tried[-1] == without
         return {None: 50.0, **dict.fromkeys(tried[1:], 48.0), between: between_us}
 
     monkeypatch.setattr(tune, "times_in_a_stock_step", times)
