@@ -394,6 +394,7 @@ def bare_readers(device: torch.device) -> list[Callable[[torch.Tensor], None]]:
 def graph_time_us(run: Callable[[int], object], count: int, replays: int = 5) -> float:
     """Median time of run(i) in µs, from replays of one CUDA graph of run(0) … run(count - 1)."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # what fills the inputs may still run: 32B's positions were read before they were there
     with torch.cuda.stream(stream):
         run(0)
         graph = torch.cuda.CUDAGraph()

@@ -66,11 +66,15 @@ run_shellcheck() {
     && shellcheck --severity=warning "${tests[@]}" # below it, findings about variables in bats' own subshells
 }
 
-run_pytest() {
+run_chosen() {
   local selection=()
   ((quick)) && selection=(-m 'not engine')
   python -m pytest "${selection[@]}" "${pytest_args[@]}"
 }
+
+# Several at a time but for what has a machine's cores or its GPU to itself.
+run_pytest_beside_each_other() { python -m pytest -m 'not engine and not gpu' -n auto --maxprocesses 8; }
+run_pytest_one_by_one() { python -m pytest -m "$( ((quick)) && echo gpu || echo 'engine or gpu')"; }
 
 summary() {
   local line
@@ -90,8 +94,11 @@ main() {
     step mypy mypy .
     step shellcheck run_shellcheck
     ((quick)) || step bats bats tests
+    step 'pytest, several at a time' run_pytest_beside_each_other
+    step 'pytest, one by one' run_pytest_one_by_one
+  else
+    step pytest run_chosen
   fi
-  step pytest run_pytest
   summary
 }
 

@@ -2,6 +2,7 @@
 """The tuner's decisions without a GPU: its step, whose times are made up, and everything behind it as it is."""
 
 import argparse
+import contextlib
 import json
 from dataclasses import replace
 from types import SimpleNamespace
@@ -345,3 +346,25 @@ def test_candidates_fit_the_gpu():
             found = tune.gemm_candidates(*SHAPE.gemm(op), limit, 64, small)
             assert (found or limit > 32) and all(plan.cluster == 1 and plan.grid <= 8 * plan.blocks_per_sm for plan in found)
     assert {plan.cluster for plan in tune.attention_candidates(SHAPE, 1, small)} == {1}
+
+
+def test_a_measurement_waits_for_what_fills_its_inputs(monkeypatch):
+    """Inputs are filled on the current stream, the measured calls run on another."""
+    happened: list[Any] = []
+
+    class Event:
+        def __init__(self, **_):
+            pass
+
+        record = synchronize = lambda self: None
+        elapsed_time = lambda self, _: 0.006  # noqa: E731  ms, of two calls
+
+    stream = SimpleNamespace(wait_stream=lambda other: happened.append(other))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "current")
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
+    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    assert layer.graph_time_us(happened.append, 2, replays=1) == 3.0
+    assert happened == ["current", 0, 0, 1]

@@ -21,6 +21,8 @@ COLUMNS = 8  # tokens of one mma
 ROW_TILE = 16  # weight rows of one mma
 STEP = 32  # k of one 16-byte load by four lanes
 GEMV_TOKENS = 2  # for 4 the FMAs took longer than the weights: o_proj of 8B 14.4 µs, by mma 10.2 (H200)
+# what bytes of a row that are asked for together cost, of the time of a bare read that asks for 1024 and more (4096x6144, H200)
+PIECEMEAL = ((128, 0.42), (256, 0.08), (512, 0.03))
 HEAD_DIM = 128  # the head that decode_attention.cu is written for
 # 32 requests: 1.05 of stock's speed at 2,000 tokens each, 0.97 at 8,000; between them 1 lies at some 4,700 (a decode step of 8B, H200)
 MANY_REQUESTS_CONTEXT = 4096
@@ -342,7 +344,8 @@ def _fitting_gemv(op: str, k: int, n: int, max_num_tokens: int, schedule: str, m
 
 
 def distance(op: str, plan: Plan, k: int, n: int, multiprocessors: int = 132) -> float:
-    """How unpromising a plan looks before anybody has measured it: multiprocessors idle, far from 48 KB of weights in flight on each."""
+    """How unpromising a plan looks before anybody has measured it: multiprocessors idle, few bytes of a row asked for together, far from
+    48 KB of weights in flight on each."""
     blocks = plan.grid * plan.cluster
     per_sm = math.ceil(blocks / multiprocessors)
     if plan.gemv:  # 80 KB: what won lay between 60 and 120
@@ -350,9 +353,13 @@ def distance(op: str, plan: Plan, k: int, n: int, multiprocessors: int = 132) ->
         return 2 * imbalance + 0.2 * abs(math.log2(per_sm * plan.stages * k * 2 / 81920)) + 0.03 * math.log2(plan.forloop_range)
     in_flight = per_sm * plan.warps * plan.stages * GEMM_OPS[op].weights * n / plan.grid * STEP * 2
     idle = 1 - blocks / (multiprocessors * per_sm)
-    return 4 * idle + 0.3 * math.log2(plan.cluster) + 0.2 * abs(math.log2(in_flight / 49152)) + 0.1 * (plan.prefetch > 0)
+    units = k // (plan.forloop_range * plan.warps * STEP)
+    together = plan.warps * STEP * 2 * units if plan.stages >= units else STEP * 2
+    piecemeal = next((cost for most, cost in PIECEMEAL if together <= most), 0)
+    return 4 * idle + piecemeal + 0.3 * math.log2(plan.cluster) + 0.2 * abs(math.log2(in_flight / 49152)) + 0.1 * (plan.prefetch > 0)
 
 
 def heuristic(op: str, k: int, n: int, max_num_tokens: int, arch: str = "sm_90") -> Plan | None:
     """A plan for a shape that nobody measured."""
-    return min(candidates(op, k, n, max_num_tokens, "split", arch=arch), key=lambda plan: distance(op, plan, k, n), default=None)
+    found = candidates(op, k, n, max_num_tokens, "split", arch=arch)
+    return min(found, key=lambda plan: (distance(op, plan, k, n), not plan.lines), default=None)
