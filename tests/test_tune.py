@@ -339,6 +339,12 @@ def test_every_form_is_offered(limit):
         assert all(0 < forms.count(form) <= count for form in forms)
 
 
+def test_a_plan_is_tried_at_another_limit_where_its_kernel_is_the_same():
+    by_mma, gemv = plans.Plan(8, "split", 2, 4, 1, 4, 2, 2, 0, 1), plans.Plan(2, "split", 2, 1, 1, 4, 2, 2, 0, 1, gemv=True)
+    for limit, tried in ((1, [by_mma]), (2, [by_mma, gemv]), (8, [by_mma]), (9, [])):
+        assert tune.for_limit(limit, [by_mma, gemv, None]) == [replace(plan, max_num_tokens=limit) for plan in tried]
+
+
 def test_candidates_fit_the_gpu():
     small = tune.Gpu(torch.device("cpu"), "sm_86", 8)
     for limit in tune.LIMITS:
