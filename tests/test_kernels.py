@@ -343,15 +343,19 @@ def test_a_gemm_reads_the_tiles_that_a_norm_leaves(folder, op, chosen):
 
 
 @needs_gxx
-@pytest.mark.parametrize("chosen", [plan(tokens=16), plan(tokens=16, forloop=2, lines=True)], ids=["halves", "lines"])
-def test_nan_stays_in_its_row(folder, chosen):
+@pytest.mark.parametrize(
+    ("chosen", "num_tokens"),
+    [(plan(tokens=16), 9), (plan(tokens=16, forloop=2, lines=True), 9), (gemv(tokens=2, warps=2), 2)],
+    ids=["halves", "lines", "gemv"],
+)
+def test_nan_stays_in_its_row(folder, chosen, num_tokens):
     graph = graph_for("rms_norm_linear", 512, 64, chosen)
     kernel = emulate.EmulatedKernel(lower.lower(graph), chosen.defines(512, 64), folder)
-    arguments = draw(graph, 9)
-    arguments["X"][4, 17] = 0x7FFF
-    outputs = run(kernel, graph, arguments, 9, delayed=True, seed=1)
+    arguments = draw(graph, num_tokens)
+    arguments["X"][num_tokens // 2, 17] = 0x7FFF
+    outputs = run(kernel, graph, arguments, num_tokens, delayed=True, seed=1)
     rows = np.isnan(outputs["O"]).any(axis=1)
-    assert np.isnan(outputs["O"][4]).all() and rows.sum() == 1
+    assert np.isnan(outputs["O"][num_tokens // 2]).all() and rows.sum() == 1
     assert np.isnan(outputs["S"]).sum() == 1
 
 
