@@ -400,13 +400,13 @@ def reports_of(url):
 
 
 def test_the_openai_server_answers_a_client_on_the_fused_path(server, stock):
-    from engine_worker import MAX_TOKENS, PROMPTS
+    from engine_worker import MAX_TOKENS, TOKENS
     from openai import OpenAI
 
     client = OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0)
     extra = {"ignore_eos": True, "return_token_ids": True}
     answer = client.completions.create(
-        model="tiny", prompt=PROMPTS, max_tokens=MAX_TOKENS, temperature=0, extra_body=extra
+        model="tiny", prompt=TOKENS, max_tokens=MAX_TOKENS, temperature=0, extra_body=extra
     )
     assert [choice["token_ids"] for choice in answer.model_dump()["choices"]] == stock["fp32"]["tokens"]
 
