@@ -72,9 +72,9 @@ run_chosen() {
   python -m pytest "${selection[@]}" "${pytest_args[@]}"
 }
 
-# Several at a time but for what has a machine's cores or its GPU to itself.
-run_pytest_beside_each_other() { python -m pytest -m 'not engine and not gpu' -n auto --maxprocesses 8; }
-run_pytest_one_by_one() { python -m pytest -m "$( ((quick)) && echo gpu || echo 'engine or gpu')"; }
+run_pytest() { python -m pytest -m 'not engine and not gpu' -n auto --maxprocesses 8; }
+run_engine_tests() { python -m pytest -m engine -n 2 --dist loadfile; } # an engine keeps one core busy most of the time, and takes 3 GB
+run_gpu_tests() { python -m pytest -m gpu; }
 
 summary() {
   local line
@@ -94,8 +94,9 @@ main() {
     step mypy mypy .
     step shellcheck run_shellcheck
     ((quick)) || step bats bats tests
-    step 'pytest, several at a time' run_pytest_beside_each_other
-    step 'pytest, one by one' run_pytest_one_by_one
+    step pytest run_pytest
+    ((quick)) || step 'pytest, engine' run_engine_tests
+    step 'pytest, GPU' run_gpu_tests
   else
     step pytest run_chosen
   fi
