@@ -14,8 +14,8 @@
 //     16 bytes follow the same order, and a dot product does not care;
 //   - K is split over the warps of a block and, for many tokens, over the blocks of a cluster: a block then loads only its share of the
 //     activations. Partial sums meet in shared memory, so that no second kernel reduces them;
-//   - for one token (Gemv) FMAs are enough. All threads of a block share a weight row and keep their k of the operand in registers, so that
-//     a block reads one contiguous stretch of memory, as a bare read does, and N need not divide into tiles of 16 rows.
+//   - for one or two tokens (Gemv) FMAs are enough. All threads of a block share a weight row and keep their k of the operand in registers, so
+//     that a block reads one contiguous stretch of memory, as a bare read does.
 #pragma once
 
 #ifdef MIRAGE_EMULATE  // g++ build without a GPU: the same source, run by the emulator of the test-suite
@@ -278,8 +278,8 @@ MIRAGE_DEVICE uint64_t tiled_index(int token, int k, int row_length) {
   return (static_cast<uint64_t>(token / kColumns) * row_length + k / kStep * kStep) * kColumns + token % kColumns * kStep + k % kStep;
 }
 
-// Asks the first BYTES of each of `rows` rows, ROWS at most and `pitch` bytes apart, into L2; `thread` of THREADS. At most 512 of every row before the next 512: in
-// that order they are read. Bulk prefetches hold their thread up for some 0.7 us (H200; docs/perf-log.md).
+// Asks the first BYTES of each of `rows` rows, ROWS at most and `pitch` bytes apart, into L2; `thread` of THREADS. At most 512 of every row
+// before the next 512: in that order they are read. Bulk prefetches hold their thread up for some 0.7 us (H200; docs/perf-log.md).
 template <int ROWS, int BYTES, int THREADS>
 MIRAGE_DEVICE void prefetch_rows(unsigned char const *first, uint64_t pitch, int thread, int rows = ROWS) {
   if constexpr (BYTES > 0) {
