@@ -72,7 +72,7 @@ TINY_SIZES = {
     "tiny": TinySize(hidden=256, intermediate=512, layers=3, heads=4, kv_heads=2, head_dim=64),
     "tiny-0.6b": TinySize(hidden=1024, intermediate=3072, layers=4, heads=16, kv_heads=8, head_dim=128),
 }
-TINY_VERSION = 1  # raise when make_tiny_qwen3 writes something else for the same arguments
+TINY_VERSION = 2  # raise when make_tiny_qwen3 writes something else for the same arguments
 TINY_VOCAB = 1024
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # token ids 0, 1, 2
 CHAT_TEMPLATE = (
@@ -197,8 +197,7 @@ def _write_weights(out: Path, shapes: TinySize, dtype: str, seed: int) -> None:
 def cached_tiny_qwen3(size: str) -> Path:
     """The tiny model of that size in the user's cache folder, made on first use."""
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm-mirage"
-    python = f"py{sys.version_info[0]}.{sys.version_info[1]}"  # the tokenizer's text comes with Python
-    target = base / f"{size}-v{TINY_VERSION}-{python}"
+    target = base / f"{size}-v{TINY_VERSION}"
     if (target / "config.json").is_file():
         return target
     try:
