@@ -30,8 +30,8 @@ from mirage_kernels import compiler, plans
 EPS, PAGE, HEAD_DIM = 1e-6, 16, plans.HEAD_DIM
 GEMMS = ("norm_qkv", "o_proj", "norm_gate_up", "down_proj")
 PROJECTIONS = ("o_proj", "down_proj")
-# blocks on each multiprocessor, and their threads; with 4 loads a thread an H200 liked the first best from 50 MB on, the last at 31 MB
-BARE_READS = ((3, 512), (4, 256), (8, 256))
+# blocks on each multiprocessor, and their threads; an H200 liked the first best at 50 MB
+BARE_READS = ((2, 512), (4, 256), (8, 128))
 
 
 @dataclass(frozen=True)

@@ -287,7 +287,7 @@ class _Gemm:
         name, p = self.graph.name, self.prologue
         counts = f"{len(self.matmuls)}, {len(p.activations)}, {len(p.vectors)}, {len(p.row_sums)}"
         yield "using Plan = mirage::Schedule<MIRAGE_K, MIRAGE_N, MIRAGE_TOKENS, MIRAGE_GRID, MIRAGE_FORLOOP, MIRAGE_CLUSTER, MIRAGE_WARPS,"
-        yield "                              MIRAGE_STAGES, MIRAGE_EARLY, MIRAGE_PREFETCH, MIRAGE_TILED, MIRAGE_LINES, MIRAGE_PIPELINED,"
+        yield "                              MIRAGE_STAGES, MIRAGE_EARLY, MIRAGE_PREFETCH, MIRAGE_BUFFERED, MIRAGE_TILED, MIRAGE_LINES, MIRAGE_PIPELINED,"
         yield f"                              MIRAGE_GEMV, {counts}>;"
         yield ""
         yield from _launch_shape("Plan::GRID * Plan::CLUSTER", 0, "Plan::CLUSTER")
@@ -297,7 +297,7 @@ class _Gemm:
         yield "  MIRAGE_SHARED(shared);"
         yield "  const Position<Plan> at;"
         yield "  if (Plan::CLUSTER > 1) cluster_arrive();"
-        yield f"  Gemm<Plan> gemm(args.{self.weight}, at);"
+        yield f"  Gemm<Plan> gemm(args.{self.weight}, shared, at);"
         yield f"  gemm.start_early(args.{self.weight}, at);"
         yield "  release_next_kernel();"
         yield "  wait_for_previous_kernel();"

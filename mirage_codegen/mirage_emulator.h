@@ -3,7 +3,8 @@
 //
 // Every GPU thread is a fiber; a warp runs until all its lanes wait, and the next warp is chosen at random but for one that always
 // comes last, so that warps drift apart as far as the barriers let them. Shared memory starts as NaN. Stores to shared memory either land at once or are held
-// back until the storing thread reaches a barrier (`delayed`): a missing barrier then shows as NaN or as a wrong sum.
+// back until the storing thread reaches a barrier (`delayed`): a missing barrier then shows as NaN or as a wrong sum. Asynchronous copies land
+// when they are waited for.
 // Modelled: block and cluster barriers, distributed shared memory, mma m16n8k16, shuffles. Not modelled: time, caches, launch order.
 #pragma once
 #include <assert.h>
@@ -45,7 +46,7 @@ struct Fiber {
   std::vector<char> stack;
   State state;
   int thread, block, arrivals;
-  std::vector<Store> pending;
+  std::vector<Store> pending, copies;
 };
 struct WarpExchange {
   uint32_t a[32][4], b[32][2];
@@ -285,6 +286,16 @@ static inline void store_cluster(void *address, int rank, float v) {
   emulator::store(remote, &v, sizeof v);
 }
 static inline void prefetch_l2(void const *address) { emulator::prefetched.push_back(address); }
+static inline void copy_to_shared(void *shared, void const *address) {
+  assert(reinterpret_cast<uintptr_t>(shared) % 16 == 0 && reinterpret_cast<uintptr_t>(address) % 16 == 0);
+  emulator::Store s{static_cast<unsigned char *>(shared), {}, 16};
+  memcpy(s.bytes, address, 16);
+  emulator::self->copies.push_back(s);
+}
+static inline void wait_for_copies() {
+  for (emulator::Store &s : emulator::self->copies) memcpy(s.address, s.bytes, s.size);
+  emulator::self->copies.clear();
+}
 static inline void wait_for_previous_kernel() {}
 static inline void release_next_kernel() {}
 static inline void keep_order() {}

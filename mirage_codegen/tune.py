@@ -30,7 +30,7 @@ from mirage_codegen.layer import GEMMS, MODELS, OPS, PROJECTIONS, LayerShape, St
 from mirage_kernels import plans  # isort: skip  (layer.py puts it on the path)
 from mirage_kernels.compiler import Build, CompileError, CubinCache  # isort: skip
 
-LIMITS = (1, 2, 8, 16, 32, 48, 64)
+LIMITS = (1, 2, 4, 8, 16, 32, 48, 64)
 ATTENTION_LIMITS = (1, 2, 4, 8, 16, 32, 64)
 CONTEXT = 256  # tokens of each request while plans are chosen
 LONG_CONTEXTS = (8192, plans.MANY_REQUESTS_CONTEXT)  # where attention must not lose either; if it does at the first, at least at the second
@@ -79,7 +79,7 @@ def gemm_candidates(kind: str, k: int, n: int, limit: int, count: int, gpu: Gpu)
         seen: dict[tuple, int] = {}
         kept = []
         for plan in ranked:
-            key = plan.cluster, plan.warps, plan.blocks_per_sm, min(plan.stages, 3), plan.early > 0, plan.prefetch > 0
+            key = plan.cluster, plan.warps, plan.blocks_per_sm, min(plan.stages, 3), plan.early > 0, plan.prefetch > 0, plan.buffered > 0
             if seen.setdefault(key, 0) < 2:
                 seen[key] += 1
                 kept.append(plan)
@@ -404,7 +404,7 @@ def _short(plan: Any) -> str:
     form = plan.schedule + " pipelined" * plan.pipelined + " lines" * plan.lines + " gemv" * plan.gemv
     return (
         f"{form} grid {plan.grid}×{plan.cluster} loop {plan.forloop_range} warps {plan.warps} "
-        f"stages {plan.stages} early {plan.early} prefetch {plan.prefetch} warm {plan.warm} ({plan.blocks_per_sm} a multiprocessor)"
+        f"stages {plan.stages} early {plan.early} prefetch {plan.prefetch} buffered {plan.buffered} warm {plan.warm} ({plan.blocks_per_sm} a multiprocessor)"
     )
 
 

@@ -244,8 +244,8 @@ def test_a_kernel_that_reads_whole_lines_equals_its_graph(folder, op, k, n, num_
         assert (results[0][name] == results[1][name]).all()
 
 
-def gemv(grid=2, warps=1, slices=1, stages=2, tokens=1, schedule="fused", early=0):
-    return plans.Plan(tokens, schedule, grid, slices, 1, warps, stages, early, 0, 1, gemv=True)
+def gemv(grid=2, warps=1, slices=1, stages=2, tokens=1, schedule="fused", early=0, buffered=0):
+    return plans.Plan(tokens, schedule, grid, slices, 1, warps, stages, early, 0, 1, gemv=True, buffered=buffered)
 
 
 @needs_gxx
@@ -264,6 +264,10 @@ def gemv(grid=2, warps=1, slices=1, stages=2, tokens=1, schedule="fused", early=
         ("linear", 512, 6, gemv(grid=3, warps=2, stages=9)),  # fewer rows than stages
         ("linear_residual", 512, 50, gemv(grid=6, warps=2, schedule="split", tokens=2)),
         ("linear_residual", 256, 150, gemv(grid=1, tokens=1)),  # a thread finishes several pairs
+        ("rms_norm_linear", 512, 64, gemv(warps=2, tokens=4, buffered=3)),
+        ("rms_norm_linear", 1536, 50, gemv(grid=7, warps=2, slices=3, stages=3, buffered=2)),
+        ("rms_norm_gate_up_silu", 512, 44, gemv(grid=3, warps=2, stages=5, early=5, buffered=4)),
+        ("linear", 512, 6, gemv(grid=3, warps=2, stages=1, early=1, schedule="split", buffered=9)),  # more than there are
     ],
     ids=lambda value: value if isinstance(value, (str, int)) else f"{value.grid}-{value.warps}-{value.stages}",
 )
@@ -417,6 +421,18 @@ def test_a_barrier_removed_from_the_gemm_is_caught(folder, op, statement, chosen
     reference = expected(graph, arguments, num_tokens)
     errors = [worst_error(run(kernel, graph, arguments, num_tokens, delayed=True, seed=seed), reference) for seed in range(3)]
     assert not max(errors) < BF16
+
+
+@needs_gxx
+def test_a_gemv_that_does_not_wait_for_its_copies_is_caught(folder):
+    chosen = gemv(warps=2, buffered=2)
+    graph = graph_for("rms_norm_linear", 512, 64, chosen)
+    statement, runtime = "step == S::STAGES) wait_for_copies();", emulate.RUNTIME.read_text()
+    assert runtime.count(statement) == 1
+    broken = runtime.replace(statement, "step == S::STAGES) {}")
+    kernel = emulate.EmulatedKernel(lower.lower(graph), chosen.defines(512, 64), folder, runtime=broken)
+    arguments = draw(graph, 1)
+    assert not worst_error(run(kernel, graph, arguments, 1, delayed=False, seed=1), expected(graph, arguments, 1)) < BF16
 
 
 @needs_gxx

@@ -16,7 +16,7 @@ struct Arguments {
 };
 
 using Plan = mirage::Schedule<MIRAGE_K, MIRAGE_N, MIRAGE_TOKENS, MIRAGE_GRID, MIRAGE_FORLOOP, MIRAGE_CLUSTER, MIRAGE_WARPS,
-                              MIRAGE_STAGES, MIRAGE_EARLY, MIRAGE_PREFETCH, MIRAGE_TILED, MIRAGE_LINES, MIRAGE_PIPELINED,
+                              MIRAGE_STAGES, MIRAGE_EARLY, MIRAGE_PREFETCH, MIRAGE_BUFFERED, MIRAGE_TILED, MIRAGE_LINES, MIRAGE_PIPELINED,
                               MIRAGE_GEMV, 1, 1, 0, 0>;
 
 extern "C" __device__ const int mirage_launch_shape[5] = {
@@ -27,7 +27,7 @@ extern "C" __global__ void __launch_bounds__(Plan::THREADS, MIRAGE_OCCUPANCY) li
   MIRAGE_SHARED(shared);
   const Position<Plan> at;
   if (Plan::CLUSTER > 1) cluster_arrive();
-  Gemm<Plan> gemm(args.W, at);
+  Gemm<Plan> gemm(args.W, shared, at);
   gemm.start_early(args.W, at);
   release_next_kernel();
   wait_for_previous_kernel();

@@ -100,6 +100,12 @@ MIRAGE_DEVICE Vec load_weights(void const *address) {  // read once a step: no p
                : "l"(address));
   return v;
 }
+// 16 bytes into shared memory, where the thread itself finds them after wait_for_copies().
+MIRAGE_DEVICE void copy_to_shared(void *shared, void const *address) {
+  const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(to), "l"(address) : "memory");
+}
+MIRAGE_DEVICE void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 MIRAGE_DEVICE void prefetch_l2(void const *address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
 MIRAGE_DEVICE Vec load_global(void const *address) {
   Vec v;
@@ -204,7 +210,7 @@ MIRAGE_DEVICE Vec pack(float const (&in)[kVector]) {
 // ------------------------------------------------------------------------------------------------ schedule
 // Everything that the plan and the muGraph's grid, for-loop range and tile maps decide. Lengths are in elements.
 template <int K_, int N_, int TOKENS_, int GRID_, int FORLOOP_, int CLUSTER_, int WARPS_, int STAGES_, int EARLY_, int PREFETCH_,
-          int TILED_, int LINES_, int PIPELINED_, int GEMV_, int GEMMS_, int INPUTS_, int VECTORS_, int ROW_SUMS_>
+          int BUFFERED_, int TILED_, int LINES_, int PIPELINED_, int GEMV_, int GEMMS_, int INPUTS_, int VECTORS_, int ROW_SUMS_>
 struct Schedule {
   static constexpr int K = K_, N = N_, TOKENS = TOKENS_, GRID = GRID_, FORLOOP = FORLOOP_, CLUSTER = CLUSTER_, WARPS = WARPS_;
   static constexpr int THREADS = WARPS * kWarp;
@@ -228,6 +234,7 @@ struct Schedule {
   static constexpr int SLICES = K / (THREADS * kVector);                        // 16 bytes of a row that a thread of a GEMV has
   static constexpr int STEPS = GEMV ? GEMMS * ROWS : K_BLOCK / (WARPS * kStep); // steps of a warp
   static constexpr int STAGES = STAGES_ < STEPS ? STAGES_ : STEPS;              // steps in flight
+  static constexpr int BUFFERED = BUFFERED_ < STEPS - STAGES ? BUFFERED_ : STEPS - STAGES;  // behind these, that wait in shared memory
   static constexpr int EARLY = EARLY_ < STAGES ? EARLY_ : STAGES;               // steps of weights asked for before the previous kernel is done
   static constexpr int EARLY_ITERATIONS = (EARLY + UNITS - 1) / UNITS, LATE_ITERATIONS = FORLOOP / CLUSTER - EARLY_ITERATIONS;
   static constexpr int PREFETCH = PREFETCH_ < LATE_ITERATIONS ? PREFETCH_ : LATE_ITERATIONS;  // further iterations asked into L2 before that
@@ -235,16 +242,19 @@ struct Schedule {
   static_assert(N % 2 == 0, "clusters share N in pairs of rows");
   static_assert(!GEMV || (FORLOOP == SLICES && CLUSTER == 1 && !TILED && !LINES && !PIPELINED && PREFETCH_ == 0),
                 "a GEMV's iteration is 16 bytes of a row for each thread");
+  static_assert(GEMV || BUFFERED_ == 0, "the steps of an mma come through registers alone");
   static_assert(K % FORLOOP == 0 && FORLOOP % CLUSTER == 0 && UNITS * WARPS * kStep == K_ITERATION, "for-loop range must divide K into warps x 32");
   static_assert(CLUSTER == 1 || (!UNEVEN && ROWS % (2 * CLUSTER) == 0), "a cluster's blocks share its rows in pairs");
   static_assert(!LINES || (!TILED && UNITS % 2 == 0 && STAGES % 2 == 0), "a line of a row is two neighbouring steps");
 
-  // shared memory, used at the end only: partial sums of the warps | row sums of the warps and blocks | partial sums of the blocks
+  // shared memory: partial sums of the warps | row sums of the warps and blocks | partial sums of the blocks, all used at the end only |
+  // buffered weights
   static constexpr int PITCH = (GEMMS * ROWS + 15) / 16 * 16 + 4;               // 4 mod 16 words: the four lanes of a row hit different banks
   static constexpr int SUMS_OFFSET = WARPS * TOKENS * PITCH * 4;
   static constexpr int SUM_PARTS = WARPS * CLUSTER;
   static constexpr int CLUSTER_OFFSET = SUMS_OFFSET + ROW_SUMS * TOKENS * SUM_PARTS * 4;
-  static constexpr int SHARED_BYTES = CLUSTER_OFFSET + (CLUSTER > 1 ? TOKENS * GEMMS * ROWS * 4 : 0);
+  static constexpr int BUFFER_OFFSET = (CLUSTER_OFFSET + (CLUSTER > 1 ? TOKENS * GEMMS * ROWS * 4 : 0) + 15) / 16 * 16;
+  static constexpr int SHARED_BYTES = BUFFER_OFFSET + BUFFERED * K * 2;
 };
 
 // Where this thread stands. A fragment's 16 bytes: row (weight row, token) lane / 4, k lane % 4 * 8 and on, of a step's 32. Whole lines of
@@ -474,7 +484,7 @@ struct SkinnyGemm {
   unsigned char const *weight;           // this lane's 16 bytes of row lane / 4 of the cluster, at step 0
   int const my_rows;                     // of the cluster, from this lane's first on
 
-  MIRAGE_DEVICE SkinnyGemm(void const *tensor, Position<S> const &at) : ring(), my_rows(at.rows - at.lane / 4) {
+  MIRAGE_DEVICE SkinnyGemm(void const *tensor, unsigned char *, Position<S> const &at) : ring(), my_rows(at.rows - at.lane / 4) {
     weight = element(tensor, static_cast<uint64_t>(at.first_row + at.lane / 4) * S::K + at.first_k);
     MIRAGE_UNROLL
     for (int i = 0; i < S::ROW_TILES * S::TOKEN_TILES * 4; ++i) acc[i / (S::TOKEN_TILES * 4)][i / 4 % S::TOKEN_TILES][i % 4] = 0.0f;
@@ -606,30 +616,45 @@ struct SkinnyGemm {
 };
 
 // ------------------------------------------------------------------------------------------------ GEMV
-// Reads each weight row over all threads of the block, one row after the other, several in flight; gate and up take turns. 1 token, H200: K 4096,
-// N 2560 in 6.7 us where SkinnyGemm takes 8.5, within 1 % of a kernel that only reads the weights (docs/perf-log.md).
+// Reads each weight row over all threads of the block, one row after the other, several in flight; gate and up take turns. What follows the first
+// STAGES rows is asked for together with them and waits in shared memory: loads into registers alone, however many, start memory more slowly.
+// 1 token, H200: K 4096, N 2560 in 6.7 us where SkinnyGemm takes 8.5; K 4096, N 6144 in 12.7, 13.5 without the buffer (docs/perf-log.md).
 template <class S>
 struct Gemv {
-  static constexpr int PART = S::STEPS % 16 == 0 ? 16 : S::STEPS % 8 == 0 ? 8 : S::STEPS % 4 == 0 ? 4 : 2;  // rows that a warp sums together
-  static constexpr int PARTS = S::STEPS / PART;
+  static constexpr int MOST = S::TOKENS <= 2 ? 16 : S::TOKENS <= 4 ? 8 : 4;  // 32 registers of sums
+  static constexpr int PART = S::STEPS % MOST == 0 ? MOST : S::STEPS % 8 == 0 && MOST > 8 ? 8 : S::STEPS % 4 == 0 ? 4 : 2;  // rows that a warp sums together
   Vec ring[S::STAGES][S::SLICES];  // weights in flight
-  float acc[PARTS][S::TOKENS];     // of row lane / (32 / PART) of each part, this warp's sum
   unsigned char const *weight;     // this thread's first 16 bytes of the block's first row
-  int const rows;
+  unsigned char *const shared, *const buffer;
+  Position<S> const &at;
 
-  MIRAGE_DEVICE Gemv(void const *tensor, Position<S> const &at)
-      : weight(element(tensor, static_cast<uint64_t>(at.first_row) * S::K + at.first_k)), rows(at.rows) {}
+  MIRAGE_DEVICE Gemv(void const *tensor, unsigned char *shared, Position<S> const &at)
+      : weight(element(tensor, static_cast<uint64_t>(at.first_row) * S::K + at.first_k)), shared(shared),
+        buffer(shared + S::BUFFER_OFFSET + at.thread * 16), at(at) {}
   // May run before the previous kernel has finished: weights do not depend on it.
   MIRAGE_DEVICE void start_early(void const *, Position<S> const &) {
     MIRAGE_UNROLL
     for (int step = 0; step < S::EARLY; ++step) load(step);
+    if (S::EARLY > 0) load_buffered();
   }
-  MIRAGE_DEVICE void load(int step) {
+  static MIRAGE_DEVICE constexpr bool is_buffered(int step) { return step >= S::STAGES && step < S::STAGES + S::BUFFERED; }
+  static MIRAGE_DEVICE constexpr int slot(int step) { return (step < S::STAGES ? step : step - S::BUFFERED) % S::STAGES; }  // of the ring
+  MIRAGE_DEVICE unsigned char *buffered(int step, int slice) { return buffer + ((step - S::STAGES) * S::SLICES + slice) * S::THREADS * 16; }
+  template <class Take>
+  MIRAGE_DEVICE void for_slices(int step, Take take) {  // take(slice, its address), unless the block lacks the row
     const int gemm = step % S::GEMMS, row = step / S::GEMMS;
-    if (S::UNEVEN && row >= S::ROWS - 2 && row >= rows) return;
+    if (S::UNEVEN && row >= S::ROWS - 2 && row >= at.rows) return;
     MIRAGE_UNROLL
     for (int slice = 0; slice < S::SLICES; ++slice)
-      ring[step % S::STAGES][slice] = load_weights(element(weight, (static_cast<uint64_t>(gemm) * S::N + row) * S::K + Position<S>::step_k(slice)));
+      take(slice, element(weight, (static_cast<uint64_t>(gemm) * S::N + row) * S::K + Position<S>::step_k(slice)));
+  }
+  MIRAGE_DEVICE void load(int step) {
+    for_slices(step, [&](int slice, void const *address) { ring[slot(step)][slice] = load_weights(address); });
+  }
+  MIRAGE_DEVICE void load_buffered() {
+    MIRAGE_UNROLL
+    for (int step = S::STAGES; step < S::STAGES + S::BUFFERED; ++step)
+      for_slices(step, [&](int slice, void const *address) { copy_to_shared(buffered(step, slice), address); });
   }
   // As SkinnyGemm::run(), with a slice of K in place of a step and a token in place of a tile.
   template <class LoadStep, class Prologue, class AfterPrologue>
@@ -639,6 +664,7 @@ struct Gemv {
     for (int slice = 0; slice < S::SLICES; ++slice) load_step(slice, activations[slice]);
     MIRAGE_UNROLL
     for (int step = S::EARLY; step < S::STAGES; ++step) load(step);
+    if (S::EARLY == 0) load_buffered();
     keep_order();
     float operand[S::TOKENS][S::SLICES][kVector];
     MIRAGE_UNROLL
@@ -648,17 +674,17 @@ struct Gemv {
     after_prologue();
     keep_order();
     MIRAGE_UNROLL
-    for (int part = 0; part < PARTS; ++part) {
+    for (int first = 0; first < S::STEPS; first += PART) {
       float sums[S::TOKENS][PART];
       MIRAGE_UNROLL
-      for (int i = 0; i < PART; ++i) {
-        const int step = part * PART + i;
-        multiply(step, operand, sums, i);
-        if (step + S::STAGES < S::STEPS) load(step + S::STAGES);
+      for (int step = first; step < first + PART; ++step) {
+        if (S::BUFFERED > 0 && step == S::STAGES) wait_for_copies();
+        multiply(step, operand, sums, step - first);
+        const int next = step + S::STAGES + (step < S::STAGES) * S::BUFFERED;  // to take the place of this one in the ring
+        if (!is_buffered(step) && next < S::STEPS) load(next);
         keep_order();
       }
-      MIRAGE_UNROLL
-      for (int token = 0; token < S::TOKENS; ++token) acc[part][token] = sum_over_lanes(sums[token]);
+      store_sums(first, sums);
     }
   }
   MIRAGE_DEVICE void multiply(int step, float const (&operand)[S::TOKENS][S::SLICES][kVector], float (&sums)[S::TOKENS][PART], int i) {
@@ -666,7 +692,7 @@ struct Gemv {
     MIRAGE_UNROLL
     for (int slice = 0; slice < S::SLICES; ++slice) {
       float row[kVector];
-      unpack(ring[step % S::STAGES][slice], row);
+      unpack(is_buffered(step) ? load_shared(buffered(step, slice)) : ring[slot(step)][slice], row);
       MIRAGE_UNROLL
       for (int token = 0; token < S::TOKENS; ++token)
         MIRAGE_UNROLL
@@ -674,6 +700,16 @@ struct Gemv {
     }
     MIRAGE_UNROLL
     for (int token = 0; token < S::TOKENS; ++token) sums[token][i] = two[token][0] + two[token][1];
+  }
+  // Leaves the warp's sums of rows first, first + 1, … where finish_rows() looks for them.
+  MIRAGE_DEVICE void store_sums(int first, float (&sums)[S::TOKENS][PART]) {
+    constexpr int LANES = kWarp / PART;
+    const int step = first + at.lane / LANES;
+    MIRAGE_UNROLL
+    for (int token = 0; token < S::TOKENS; ++token) {
+      const float sum = sum_over_lanes(sums[token]);
+      if (at.lane % LANES == 0) store_shared(shared + partial_slot<S>(at.warp, token, step % S::GEMMS * S::ROWS + step / S::GEMMS), sum);
+    }
   }
   // Sums each of PART values over the warp; the 32 / PART lanes from lane i * 32 / PART on return value i. Lanes swap halves of what they
   // have, so that PART - 1 shuffles do for all but the last rounds.
@@ -695,15 +731,7 @@ struct Gemv {
     return sum;
   }
   template <class Epilogue>
-  MIRAGE_DEVICE void finish(unsigned char *shared, Position<S> const &at, int num_tokens, Epilogue epilogue) {
-    constexpr int LANES = kWarp / PART;
-    MIRAGE_UNROLL
-    for (int part = 0; part < PARTS; ++part)
-      MIRAGE_UNROLL
-    for (int token = 0; token < S::TOKENS; ++token) {
-      const int step = part * PART + at.lane / LANES;
-      if (at.lane % LANES == 0) store_shared(shared + partial_slot<S>(at.warp, token, step % S::GEMMS * S::ROWS + step / S::GEMMS), acc[part][token]);
-    }
+  MIRAGE_DEVICE void finish(unsigned char *, Position<S> const &, int num_tokens, Epilogue epilogue) {
     finish_rows(shared, at, num_tokens, epilogue);
   }
 };

@@ -20,7 +20,8 @@ TABLE = Path(__file__).parent / "plans.json"
 COLUMNS = 8  # tokens of one mma
 ROW_TILE = 16  # weight rows of one mma
 STEP = 32  # k of one 16-byte load by four lanes
-GEMV_TOKENS = 2  # for 4 the FMAs took longer than the weights: o_proj of 8B 14.4 µs, by mma 10.2 (H200)
+GEMV_TOKENS = 4
+GEMV_BUFFER = 32768  # bytes of buffered rows on a multiprocessor: 4096x6144 takes 12.7 µs with them, 13.3 with twice as many, 13.5 with none
 # what bytes of a row that are asked for together cost, of the time of a bare read that asks for 1024 and more (4096x6144, H200)
 PIECEMEAL = ((128, 0.42), (256, 0.08), (512, 0.03))
 HEAD_DIM = 128  # the head that decode_attention.cu is written for
@@ -113,6 +114,7 @@ class Plan:
     lines           activations are read in whole lines, two steps at once (where they lie in rows: not behind a norm kernel)
     gemv            the threads of a block share one weight row after the other, by FMAs: `stages` and `early` count rows, an iteration is 8
                     elements for each thread
+    buffered        rows of a GEMV behind the first `stages` that are asked for with them and wait in shared memory
     """
 
     max_num_tokens: int
@@ -129,6 +131,7 @@ class Plan:
     pipelined: bool = False
     lines: bool = False
     gemv: bool = False
+    buffered: int = 0
 
     @property
     def form(self) -> Form:
@@ -154,6 +157,7 @@ class Plan:
             "MIRAGE_EARLY": self.early,
             "MIRAGE_PREFETCH": self.prefetch,
             "MIRAGE_OCCUPANCY": self.blocks_per_sm,
+            "MIRAGE_BUFFERED": self.buffered,
             "MIRAGE_TILED": 0,
             "MIRAGE_LINES": int(self.lines),
             "MIRAGE_PIPELINED": int(self.pipelined),
@@ -332,15 +336,19 @@ def _fitting_gemv(op: str, k: int, n: int, max_num_tokens: int, schedule: str, m
             rows *= weights
             if grid > blocks_per_sm * multiprocessors:
                 continue
-            part = math.gcd(rows, 16)
+            part = min(math.gcd(rows, 16), 16 if max_num_tokens <= 2 else 8)  # Gemv::PART
             shared = warps * max_num_tokens * (rows + 5) * 4
-            if rows > 96 or shared > SHARED_BYTES:
+            if rows > 96:
                 continue
             for stages in (stages for stages in (2, 3, 4, 6, 8) if stages <= rows):
                 registers = max_num_tokens * (8 * slices + part) + stages * slices * 4 + 16
-                if registers <= min(255, REGISTERS // (warps * 32 * blocks_per_sm)):
-                    for early in (stages, 0) if schedule == "fused" else (stages,):
-                        yield Plan(max_num_tokens, schedule, grid, slices, 1, warps, stages, early, 0, blocks_per_sm, gemv=True)
+                if registers > min(255, REGISTERS // (warps * 32 * blocks_per_sm)):
+                    continue
+                buffered = {min(count, rows - stages) for count in (1, 2, 4) if count * k * 2 * blocks_per_sm <= 2 * GEMV_BUFFER}
+                for early, rows_waiting in itertools.product((stages, 0) if schedule == "fused" else (stages,), sorted({0} | buffered)):
+                    plan = Plan(max_num_tokens, schedule, grid, slices, 1, warps, stages, early, 0, blocks_per_sm, gemv=True)
+                    if shared + rows_waiting * k * 2 <= SHARED_BYTES:
+                        yield replace(plan, buffered=rows_waiting)
 
 
 def distance(op: str, plan: Plan, k: int, n: int, multiprocessors: int = 132) -> float:
@@ -350,7 +358,9 @@ def distance(op: str, plan: Plan, k: int, n: int, multiprocessors: int = 132) ->
     per_sm = math.ceil(blocks / multiprocessors)
     if plan.gemv:  # 80 KB: what won lay between 60 and 120
         imbalance = math.ceil(n / 2 / plan.grid) * per_sm * multiprocessors / (n / 2) - 1
-        return 2 * imbalance + 0.2 * abs(math.log2(per_sm * plan.stages * k * 2 / 81920)) + 0.03 * math.log2(plan.forloop_range)
+        buffer = per_sm * plan.buffered * k * 2
+        waiting = 0.03 * abs(math.log2(buffer / GEMV_BUFFER)) if buffer else 0.06
+        return 2 * imbalance + 0.2 * abs(math.log2(per_sm * plan.stages * k * 2 / 81920)) + waiting + 0.03 * math.log2(plan.forloop_range)
     in_flight = per_sm * plan.warps * plan.stages * GEMM_OPS[op].weights * n / plan.grid * STEP * 2
     idle = 1 - blocks / (multiprocessors * per_sm)
     units = k // (plan.forloop_range * plan.warps * STEP)
