@@ -674,17 +674,18 @@ struct Gemv {
     after_prologue();
     keep_order();
     MIRAGE_UNROLL
-    for (int first = 0; first < S::STEPS; first += PART) {
+    for (int part = 0; part < S::STEPS / PART; ++part) {
       float sums[S::TOKENS][PART];
       MIRAGE_UNROLL
-      for (int step = first; step < first + PART; ++step) {
+      for (int i = 0; i < PART; ++i) {
+        const int step = part * PART + i;
         if (S::BUFFERED > 0 && step == S::STAGES) wait_for_copies();
-        multiply(step, operand, sums, step - first);
+        multiply(step, operand, sums, i);
         const int next = step + S::STAGES + (step < S::STAGES) * S::BUFFERED;  // to take the place of this one in the ring
         if (!is_buffered(step) && next < S::STEPS) load(next);
         keep_order();
       }
-      store_sums(first, sums);
+      store_sums(part * PART, sums);
     }
   }
   MIRAGE_DEVICE void multiply(int step, float const (&operand)[S::TOKENS][S::SLICES][kVector], float (&sums)[S::TOKENS][PART], int i) {
