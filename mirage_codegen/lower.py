@@ -287,8 +287,8 @@ class _Gemm:
         name, p = self.graph.name, self.prologue
         counts = f"{len(self.matmuls)}, {len(p.activations)}, {len(p.vectors)}, {len(p.row_sums)}"
         yield "using Plan = mirage::Schedule<MIRAGE_K, MIRAGE_N, MIRAGE_TOKENS, MIRAGE_GRID, MIRAGE_FORLOOP, MIRAGE_CLUSTER, MIRAGE_WARPS,"
-        yield "                              MIRAGE_STAGES, MIRAGE_EARLY, MIRAGE_PREFETCH, MIRAGE_BUFFERED, MIRAGE_TILED, MIRAGE_LINES, MIRAGE_PIPELINED,"
-        yield f"                              MIRAGE_GEMV, {counts}>;"
+        yield "                              MIRAGE_STAGES, MIRAGE_EARLY, MIRAGE_PREFETCH, MIRAGE_BUFFERED, MIRAGE_TILED, MIRAGE_LINES,"
+        yield f"                              MIRAGE_PIPELINED, MIRAGE_GEMV, {counts}>;"
         yield ""
         yield from _launch_shape("Plan::GRID * Plan::CLUSTER", 0, "Plan::CLUSTER")
         yield ""

@@ -30,7 +30,7 @@ from mirage_codegen.layer import GEMMS, MODELS, OPS, PROJECTIONS, LayerShape, St
 from mirage_kernels import plans  # isort: skip  (layer.py puts it on the path)
 from mirage_kernels.compiler import Build, CompileError, CubinCache  # isort: skip
 
-LIMITS = (1, 2, 4, 8, 16, 32, 48, 64)
+LIMITS = (1, 2, 8, 16, 32, 48, 64)
 ATTENTION_LIMITS = (1, 2, 4, 8, 16, 32, 64)
 CONTEXT = 256  # tokens of each request while plans are chosen
 LONG_CONTEXTS = (8192, plans.MANY_REQUESTS_CONTEXT)  # where attention must not lose either; if it does at the first, at least at the second
@@ -403,8 +403,8 @@ def _short(plan: Any) -> str:
         return "stock path"
     form = plan.schedule + " pipelined" * plan.pipelined + " lines" * plan.lines + " gemv" * plan.gemv
     return (
-        f"{form} grid {plan.grid}×{plan.cluster} loop {plan.forloop_range} warps {plan.warps} "
-        f"stages {plan.stages} early {plan.early} prefetch {plan.prefetch} buffered {plan.buffered} warm {plan.warm} ({plan.blocks_per_sm} a multiprocessor)"
+        f"{form} grid {plan.grid}×{plan.cluster} loop {plan.forloop_range} warps {plan.warps} stages {plan.stages} early {plan.early} "
+        f"prefetch {plan.prefetch} buffered {plan.buffered} warm {plan.warm} ({plan.blocks_per_sm} a multiprocessor)"
     )
 
 

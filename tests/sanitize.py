@@ -55,14 +55,15 @@ def table_plans(op: str, k: int, n: int) -> list[plans.Plan]:
 
 def form_plans(op: str, k: int, n: int) -> list[list[plans.Plan]]:
     """A plan for 8 tokens and one for 16, of a GEMV one for 2, of every form that an op has, whatever the table holds; with equal shares of
-    N and with uneven ones; where there is a norm kernel, it warms."""
-    forms: dict[tuple[plans.Form, bool], dict[int, plans.Plan]] = {}
+    N and with uneven ones, with rows in shared memory and without; where there is a norm kernel, it warms."""
+    forms: dict[tuple[plans.Form, bool, bool], dict[int, plans.Plan]] = {}
     for limit in (2, 8, 16):
         for schedule, sources in plans.GEMM_OPS[op].sources.items():
             warm = 512 if len(sources[0]) > 1 else 0
             for plan in plans.candidates(op, k, n, limit, schedule):
                 if plan.gemv == (limit == 2):
-                    forms.setdefault((plan.form, n % (2 * plan.grid) > 0), {}).setdefault(limit, replace(plan, warm=warm))
+                    form = plan.form, n % (2 * plan.grid) > 0, plan.buffered > 0
+                    forms.setdefault(form, {}).setdefault(limit, replace(plan, warm=warm))
     return [list(by_limit.values()) for by_limit in forms.values()]
 
 

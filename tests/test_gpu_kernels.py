@@ -54,7 +54,7 @@ def adds_residual(case):
     return case._replace(op="linear_residual")
 
 
-each_case = pytest.mark.parametrize("case", cases("0.6B", "1.7B", "4B", "8B"), ids=str)
+each_case = pytest.mark.parametrize("case", cases(*MODELS), ids=str)
 each_thorough_case = pytest.mark.parametrize("case", cases(*THOROUGH), ids=str)
 
 

@@ -264,7 +264,7 @@ def gemv(grid=2, warps=1, slices=1, stages=2, tokens=1, schedule="fused", early=
         ("linear", 512, 6, gemv(grid=3, warps=2, stages=9)),  # fewer rows than stages
         ("linear_residual", 512, 50, gemv(grid=6, warps=2, schedule="split", tokens=2)),
         ("linear_residual", 256, 150, gemv(grid=1, tokens=1)),  # a thread finishes several pairs
-        ("rms_norm_linear", 512, 64, gemv(warps=2, tokens=4, buffered=3)),
+        ("rms_norm_linear", 512, 64, gemv(warps=2, tokens=2, buffered=3)),
         ("rms_norm_linear", 1536, 50, gemv(grid=7, warps=2, slices=3, stages=3, buffered=2)),
         ("rms_norm_gate_up_silu", 512, 44, gemv(grid=3, warps=2, stages=5, early=5, buffered=4)),
         ("linear", 512, 6, gemv(grid=3, warps=2, stages=1, early=1, schedule="split", buffered=9)),  # more than there are

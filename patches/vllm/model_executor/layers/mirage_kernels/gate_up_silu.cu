@@ -21,8 +21,8 @@ struct Arguments {
 };
 
 using Plan = mirage::Schedule<MIRAGE_K, MIRAGE_N, MIRAGE_TOKENS, MIRAGE_GRID, MIRAGE_FORLOOP, MIRAGE_CLUSTER, MIRAGE_WARPS,
-                              MIRAGE_STAGES, MIRAGE_EARLY, MIRAGE_PREFETCH, MIRAGE_BUFFERED, MIRAGE_TILED, MIRAGE_LINES, MIRAGE_PIPELINED,
-                              MIRAGE_GEMV, 2, 1, 0, 0>;
+                              MIRAGE_STAGES, MIRAGE_EARLY, MIRAGE_PREFETCH, MIRAGE_BUFFERED, MIRAGE_TILED, MIRAGE_LINES,
+                              MIRAGE_PIPELINED, MIRAGE_GEMV, 2, 1, 0, 0>;
 
 extern "C" __device__ const int mirage_launch_shape[5] = {
     Plan::GRID * Plan::CLUSTER, 0, Plan::THREADS, Plan::CLUSTER, Plan::SHARED_BYTES};

@@ -621,8 +621,7 @@ struct SkinnyGemm {
 // 1 token, H200: K 4096, N 2560 in 6.7 us where SkinnyGemm takes 8.5; K 4096, N 6144 in 12.7, 13.5 without the buffer (docs/perf-log.md).
 template <class S>
 struct Gemv {
-  static constexpr int MOST = S::TOKENS <= 2 ? 16 : S::TOKENS <= 4 ? 8 : 4;  // 32 registers of sums
-  static constexpr int PART = S::STEPS % MOST == 0 ? MOST : S::STEPS % 8 == 0 && MOST > 8 ? 8 : S::STEPS % 4 == 0 ? 4 : 2;  // rows that a warp sums together
+  static constexpr int PART = S::STEPS % 16 == 0 ? 16 : S::STEPS % 8 == 0 ? 8 : S::STEPS % 4 == 0 ? 4 : 2;  // rows that a warp sums together
   Vec ring[S::STAGES][S::SLICES];  // weights in flight
   unsigned char const *weight;     // this thread's first 16 bytes of the block's first row
   unsigned char *const shared, *const buffer;

@@ -20,8 +20,8 @@ TABLE = Path(__file__).parent / "plans.json"
 COLUMNS = 8  # tokens of one mma
 ROW_TILE = 16  # weight rows of one mma
 STEP = 32  # k of one 16-byte load by four lanes
-GEMV_TOKENS = 4
-GEMV_BUFFER = 32768  # bytes of buffered rows on a multiprocessor: 4096x6144 takes 12.7 µs with them, 13.3 with twice as many, 13.5 with none
+GEMV_TOKENS = 2  # with 4 it is no faster than mma in a step, and by itself 1 % for 4096x6144 (H200)
+GEMV_BUFFER = 32768  # bytes of buffered rows on a multiprocessor: 4096x6144 takes 12.7 µs so, 13.3 with twice as many, 13.5 with none
 # what bytes of a row that are asked for together cost, of the time of a bare read that asks for 1024 and more (4096x6144, H200)
 PIECEMEAL = ((128, 0.42), (256, 0.08), (512, 0.03))
 HEAD_DIM = 128  # the head that decode_attention.cu is written for
@@ -114,7 +114,7 @@ class Plan:
     lines           activations are read in whole lines, two steps at once (where they lie in rows: not behind a norm kernel)
     gemv            the threads of a block share one weight row after the other, by FMAs: `stages` and `early` count rows, an iteration is 8
                     elements for each thread
-    buffered        rows of a GEMV behind the first `stages` that are asked for with them and wait in shared memory
+    buffered        rows of a GEMV that are asked for right behind its first `stages` and wait in shared memory
     """
 
     max_num_tokens: int
@@ -336,7 +336,7 @@ def _fitting_gemv(op: str, k: int, n: int, max_num_tokens: int, schedule: str, m
             rows *= weights
             if grid > blocks_per_sm * multiprocessors:
                 continue
-            part = min(math.gcd(rows, 16), 16 if max_num_tokens <= 2 else 8)  # Gemv::PART
+            part = math.gcd(rows, 16)  # Gemv::PART
             shared = warps * max_num_tokens * (rows + 5) * 4
             if rows > 96:
                 continue
