@@ -74,7 +74,7 @@ run_chosen() {
 
 run_pytest() { python -m pytest -m 'not engine and not gpu' -n auto --maxprocesses 8; }
 run_engine_tests() { python -m pytest -m engine -n 2 --dist loadfile; } # one engine hardly keeps two cores busy: 455 s, one by one 670
-run_gpu_tests() { python -m pytest -m gpu; }
+run_gpu_tests() { python -m pytest tests/test_gpu_*.py; }
 
 summary() {
   local line
