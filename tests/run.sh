@@ -54,6 +54,22 @@ step() {
   fi
 }
 
+# bats has one test at a time and pytest's workers do not keep all cores busy, so it runs beside them: 130 s less on two cores.
+start_bats() {
+  bats_output=$(mktemp)
+  bats tests >"$bats_output" 2>&1 &
+  bats_process=$!
+  trap 'kill "$bats_process" 2>/dev/null; rm -f "$bats_output"' EXIT
+}
+finish_bats() {
+  local status=0
+  wait "$bats_process" || status=$?
+  cat "$bats_output"
+  trap - EXIT
+  rm "$bats_output"
+  return "$status"
+}
+
 files_named() { # files_named PATTERN: in this checkout, without what was cloned or installed into it
   find . \( -name .git -o -name .venv -o -name node_modules -o -path ./source \) -prune -o -name "$1" -print
 }
@@ -90,11 +106,12 @@ main() {
   cd "$root" || exit 1
   prepare_environment
   if ((${#pytest_args[@]} == 0)); then
+    ((quick)) || start_bats
     step ruff ruff check .
     step mypy mypy .
     step shellcheck run_shellcheck
-    ((quick)) || step bats bats tests
     step pytest run_pytest
+    ((quick)) || step bats finish_bats
     ((quick)) || step 'pytest, engine' run_engine_tests
     step 'pytest, GPU' run_gpu_tests
   else

@@ -170,8 +170,9 @@ ROWS = {
     "wrong draft": Row("long_prompts", llm={"speculative_config": {"model": "other", "num_speculative_tokens": 3}}),
     "lora": Row("adapters", llm=LORA, path="stock", reason="LoRA", adapters="q_proj"),
     "lora on o_proj": Row("adapters", llm={**LORA, "lora_target_modules": ["o_proj"]}, adapters="o_proj"),
-    "awq": Row(model="awq", llm=BF16, path="stock", reason="quantised (AutoAWQMarlinLinearMethod)"),
-    "gptq": Row(model="gptq", llm=BF16, path="stock", reason="quantised (AutoGPTQLinearMethod)"),
+    # Without AVX-512 the CPU build has no 4-bit GEMM.
+    "awq": Row(model="awq", llm=BF16, path="stock", reason="quantised (AutoAWQMarlinLinearMethod)", stops="cpu_gemm_wna16"),
+    "gptq": Row(model="gptq", llm=BF16, path="stock", reason="quantised (AutoGPTQLinearMethod)", stops="cpu_gemm_wna16"),
     # Without AMX the CPU build has no fp8 GEMM, and fails at the first run of the model.
     "fp8": Row(model="fp8", llm=BF16, path="stock", reason="quantised (Fp8LinearMethod)", stops="scaled_fp8_quant"),
     "bias": Row(model="bias", path="stock", reason="qkv_proj has a bias"),
