@@ -54,7 +54,7 @@ step() {
   fi
 }
 
-# bats has one test at a time and pytest's workers do not keep all cores busy, so it runs beside them: 130 s less on two cores.
+# bats has one test at a time and pytest's workers do not keep all cores busy, so it runs beside them: 85 s less on two cores.
 start_bats() {
   bats_output=$(mktemp)
   bats tests >"$bats_output" 2>&1 &

@@ -16,6 +16,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PATCHES = REPOSITORY / "patches" / "vllm"
@@ -38,7 +39,6 @@ def cache_folder() -> Path:
 
 def download(version: str, target: Path) -> None:
     """Put the Python files of vLLM's wheel into target/vllm; all of them or none."""
-    target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
         command += ["--only-binary=:all:", "--platform", "manylinux_2_28_x86_64", "--dest", scratch]
@@ -60,7 +60,10 @@ def release(request) -> Path:
     """The package folder of a release."""
     target = cache_folder() / request.param
     if not target.exists():
-        download(request.param, target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{target}.lock"):  # pytest's workers come here at the same time
+            if not target.exists():
+                download(request.param, target)
     return target / "vllm"
 
 
