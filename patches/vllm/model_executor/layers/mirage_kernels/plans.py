@@ -20,7 +20,7 @@ TABLE = Path(__file__).parent / "plans.json"
 COLUMNS = 8  # tokens of one mma
 ROW_TILE = 16  # weight rows of one mma
 STEP = 32  # k of one 16-byte load by four lanes
-GEMV_TOKENS = 2  # with 4 it is no faster than mma in a step, and by itself 1 % for 4096x6144 (H200)
+GEMV_TOKENS = 2  # with 4 it is no faster than mma in a step (H200)
 GEMV_BUFFER = 32768  # bytes of buffered rows on a multiprocessor: 4096x6144 takes 12.7 µs so, 13.3 with twice as many, 13.5 with none
 # what bytes of a row that are asked for together cost, of the time of a bare read that asks for 1024 and more (4096x6144, H200)
 PIECEMEAL = ((128, 0.42), (256, 0.08), (512, 0.03))
@@ -345,10 +345,10 @@ def _fitting_gemv(op: str, k: int, n: int, max_num_tokens: int, schedule: str, m
                 if registers > min(255, REGISTERS // (warps * 32 * blocks_per_sm)):
                     continue
                 buffered = {min(count, rows - stages) for count in (1, 2, 4) if count * k * 2 * blocks_per_sm <= 2 * GEMV_BUFFER}
-                for early, rows_waiting in itertools.product((stages, 0) if schedule == "fused" else (stages,), sorted({0} | buffered)):
+                for early, waiting in itertools.product((stages, 0) if schedule == "fused" else (stages,), sorted({0} | buffered)):
                     plan = Plan(max_num_tokens, schedule, grid, slices, 1, warps, stages, early, 0, blocks_per_sm, gemv=True)
-                    if shared + rows_waiting * k * 2 <= SHARED_BYTES:
-                        yield replace(plan, buffered=rows_waiting)
+                    if shared + waiting * k * 2 <= SHARED_BYTES:
+                        yield replace(plan, buffered=waiting)
 
 
 def distance(op: str, plan: Plan, k: int, n: int, multiprocessors: int = 132) -> float:
