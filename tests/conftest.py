@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PATCHES = REPOSITORY / "patches" / "vllm"
@@ -22,6 +23,7 @@ LAYERS = "model_executor/layers"
 OURS = (*(f"{LAYERS}/{path.name}" for path in (PATCHES / LAYERS).iterdir() if path.name != "__pycache__"), ".mirage_overlay.json")
 
 sys.path.insert(0, str(REPOSITORY))  # test_mirage_qwen3.py makes the tiny checkpoints
+pytest.register_assert_rewrite("engines")
 
 
 def _link_or_copy(source: str, target: str) -> str:
@@ -70,19 +72,34 @@ def apply_overlay(package: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def vllm_stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for PYTHONPATH whose vllm is stock."""
-    site = tmp_path_factory.mktemp("stock")
-    copy_stock(site)
-    return site
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """once(name, fill): a folder of this run, filled by fill(folder) in the first of pytest's workers that needs it."""
+    base = tmp_path_factory.getbasetemp()
+    run = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # each worker has its folder in that of the run
+
+    def get(name: str, fill: Callable[[Path], object]) -> Path:
+        folder, done = run / name, run / f"{name}.done"
+        with FileLock(run / f"{name}.lock"):
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # what a worker that failed left behind
+                folder.mkdir()
+                fill(folder)
+                done.touch()
+        return folder
+
+    return get
 
 
 @pytest.fixture(scope="session")
-def vllm_overlay(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def vllm_stock(once: Callable[..., Path]) -> Path:
+    """A folder for PYTHONPATH whose vllm is stock."""
+    return once("stock", copy_stock)
+
+
+@pytest.fixture(scope="session")
+def vllm_overlay(once: Callable[..., Path]) -> Path:
     """A folder for PYTHONPATH whose vllm has the overlay."""
-    site = tmp_path_factory.mktemp("overlay")
-    apply_overlay(copy_stock(site))
-    return site
+    return once("overlay", lambda site: apply_overlay(copy_stock(site)))
 
 
 @pytest.fixture(scope="session")

@@ -637,6 +637,7 @@ def test_default_level_runs_on_this_machine(
     vllm_overlay: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(vllm_overlay))
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(vllm_overlay / "cache"))
     answer = run(
         "--model", "tiny", "--max-tokens", "6", "--batch-sizes", "1", "2", "--num-warmup", "1",
         "--num-iterations", "5", "--json", str(tmp_path / "r.json"),

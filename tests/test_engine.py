@@ -1,99 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The overlay in the real V1 engine on the CPU, against stock vLLM.
+"""The overlay in the real V1 engine on the CPU, eager, against stock vLLM.
 
 Every engine runs in a process of its own (engine_worker.py), and every test asserts from mirage_report() which path
 ran. Tokens are compared in fp32: in bf16 stock's own eager and compiled modes already differ.
 """
 
 import json
-import os
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
-from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
+from engines import LAYERS, OPS, assert_path, assert_same_answers, case, paths, reports_of, run_engines, serving
 
 pytestmark = pytest.mark.engine
 
-WORKER = Path(__file__).parent / "engine_worker.py"
-LIMIT_S = 400  # of one process; the slowest takes about 80 s on two idle cores
-START_S = 180  # of the OpenAI server; about 40 s on two idle cores
-LAYERS = [f"model.layers.{index}" for index in range(3)]
-OPS = ("norm_qkv", "attention", "o_proj", "norm_gate_up", "down_proj")
 BF16_LOGPROB = 0.5  # nats between two right bf16 runs, which round at other places
-
-
-def environment(site, **values):
-    """For a process that imports vLLM from `site`; the caller's switch does not leak in."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
-    paths = [str(site), os.environ.get("PYTHONPATH", "")]
-    return {
-        **inherited,
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # or vLLM refuses two workers on two cores
-        **values,
-    }
-
-
-def run_engines(folder, site, cases, worker=WORKER, **values):
-    """Run the cases in one process that imports vLLM from `site`; {name: result}."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "cases.json").write_text(json.dumps(cases))
-    with (folder / "log").open("w") as log:
-        done = subprocess.run(
-            [sys.executable, str(worker), str(folder / "cases.json"), str(folder / "results.json")],
-            env=environment(site, VLLM_CACHE_ROOT=str(folder.parent / "cache"), **values),
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            timeout=LIMIT_S,
-        )
-    text = (folder / "log").read_text()
-    assert done.returncode == 0, text[-4000:]
-    results = json.loads((folder / "results.json").read_text())
-    return {name: {**result, "log": text} for name, result in results.items()}
-
-
-def case(name, model, switch=None, env=None, **more):
-    engine = {"model": str(model), "enforce_eager": True, "dtype": "float32", **more.pop("llm", {})}
-    switches = {} if switch is None else {"VLLM_USE_MIRAGE": switch}
-    return {"name": name, "env": {**switches, **(env or {})}, "llm": engine, **more}
-
-
-def paths(report):
-    """(layer, op) → path"""
-    return {(layer["name"], layer["op"]): layer["path"] for layer in report["layers"]}
-
-
-def ops_called(report):
-    """The ops of which a body ran in this worker."""
-    return {name.partition(".")[0] for name, count in report["calls"].items() if count}
-
-
-def assert_path(result, path, ops=OPS, reason=""):
-    """Those ops of every layer took `path`, whichever worker holds it; each worker called the ops that it fused, and no other."""
-    assert "error" not in result, result["error"]
-    entries = [layer for report in result["reports"] for layer in report["layers"]]
-    assert {(layer["name"], layer["op"]) for layer in entries} == {(layer, op) for layer in LAYERS for op in OPS}
-    ours = [layer for layer in entries if layer["op"] in ops]
-    assert {layer["path"] for layer in ours} == {path}
-    assert all(reason in (layer["reason"] or "") for layer in ours)
-    for report in result["reports"]:
-        assert ops_called(report) == {layer["op"] for layer in report["layers"] if layer["path"] == "fused"}
-
-
-def assert_same_answers(ours, stock):
-    assert ours["tokens"] == stock["tokens"]
-    torch.testing.assert_close(torch.tensor(ours["logprobs"]), torch.tensor(stock["logprobs"]), rtol=0, atol=1e-3)
-
 
 # ----------------------------------------------------------------------------------------------------- checkpoints
 @pytest.fixture(scope="module")
@@ -163,7 +83,7 @@ def stock(work, vllm_stock, make_tiny, adapter):
     """Answers of stock vLLM."""
     fp32, bf16 = make_tiny(dtype="float32"), make_tiny()
     cases = [
-        case("fp32", fp32, long=[48, 100]),
+        case("fp32", fp32),
         case("bf16", bf16, llm={"dtype": "bfloat16"}),
         case("lora", fp32, llm=LORA, lora=str(adapter)),
     ]
@@ -261,71 +181,6 @@ def test_each_engine_logs_one_line(eager):
     ]
 
 
-# ---------------------------------------------------------------------------------------------- compiled, disk cache
-def test_each_switch_runs_its_own_graph_over_one_compile_cache(work, vllm_overlay, make_tiny, stock):
-    """0, 1, 0, 1 over one cache folder: an undeclared switch would load the graph of the run before."""
-    loads, long = [], []
-    for turn, switch in enumerate("0101"):
-        options = {"enforce_eager": False, "distributed_executor_backend": "uni"}
-        compiled = case("compiled", make_tiny(dtype="float32"), switch, llm=options, piecewise=True, long=[100])
-        result = run_engines(work / f"piecewise{turn}", vllm_overlay, [compiled])["compiled"]
-        assert_path(result, "stock" if switch == "0" else "fused")
-        assert_same_answers(result, stock["fp32"])
-        loads.append("Directly load AOT compilation" in result["log"])
-        long.append(result["long"][0]["tokens"])
-        # beyond what kernels take, only the op that splits the graph is called: the others were compiled as stock's modules are
-        called = calls_between(result["reports"], result["long"][0]["reports"])
-        assert called == ({} if switch == "0" else {"attention.torch": len(LAYERS)})
-    assert loads == [False, False, True, True]
-    assert long == [stock["fp32"]["long"][1]["tokens"]] * 4
-
-
-def calls_between(before, after):
-    """What the single worker's ops were called in between, without zeros."""
-    [before], [after] = before, after
-    return {name: count - before["calls"][name] for name, count in after["calls"].items() if count != before["calls"][name]}
-
-
-# -------------------------------------------------------------------------------- the residual in the projections
-RESIDUAL_WORKER = Path(__file__).parent / "residual_worker.py"
-
-
-def assert_projections_add(result):
-    """Every o_proj, and every down_proj but that of a rank's last layer, took the kernel that adds the residual."""
-    for report in result["reports"]:
-        kernels = {(layer["name"], layer["op"]): layer["kernel"] or "" for layer in report["layers"]}
-        last = max(name for name, _ in kernels)
-        adds = {place for place, kernel in kernels.items() if kernel.startswith("linear_residual")}
-        assert adds == {(name, op) for name, op in kernels if op == "o_proj" or (op == "down_proj" and name != last)}
-
-
-def test_where_projections_add_the_residual_answers_equal_stocks(work, vllm_overlay, make_tiny, stock):
-    """Compiled: up to 32 tokens by the kernels, up to 64 by the GEMMs' PyTorch bodies, beyond by all bodies."""
-    options = {"enforce_eager": False, "distributed_executor_backend": "uni"}
-    adding = case("adding", make_tiny(dtype="float32"), "1", llm=options, long=[48, 100])
-    result = run_engines(work / "adding", vllm_overlay, [adding], RESIDUAL_WORKER)["adding"]
-    assert_path(result, "fused")
-    assert_projections_add(result)
-    assert_same_answers(result, stock["fp32"])
-    [report] = result["reports"]
-    assert report["calls"]["o_proj.kernel"] * 2 == report["calls"]["down_proj.kernel"] * 3 > 0  # two of three layers
-    before = result["reports"]
-    for step, expected in zip(result["long"], stock["fp32"]["long"], strict=True):
-        assert step["tokens"] == expected["tokens"]
-        assert calls_between(before, step["reports"]) == {"attention.torch": len(LAYERS)}
-        before = step["reports"]
-
-
-def test_pipeline_ranks_whose_projections_add_the_residual_hand_on_both_tensors(work, vllm_overlay, make_tiny, stock):
-    options = {"pipeline_parallel_size": 2, "enforce_eager": False}
-    parallel = case("pp", make_tiny(dtype="float32"), "1", llm=options)
-    result = run_engines(work / "adding-pp", vllm_overlay, [parallel], RESIDUAL_WORKER, VLLM_ENABLE_V1_MULTIPROCESSING="1")["pp"]
-    assert_path(result, "fused")
-    assert len(result["reports"]) == 2
-    assert_projections_add(result)
-    assert_same_answers(result, stock["fp32"])
-
-
 # ------------------------------------------------------------------------------------------------- several processes
 def test_tensor_parallel_workers_report_the_fused_path(work, vllm_overlay, make_tiny, stock):
     parallel = case("tp", make_tiny(dtype="float32"), "1", llm={"tensor_parallel_size": 2})
@@ -337,66 +192,11 @@ def test_tensor_parallel_workers_report_the_fused_path(work, vllm_overlay, make_
     assert_same_answers(result, stock["fp32"])
 
 
-def test_pipeline_parallel_compiled_workers_fuse_their_own_layers(work, vllm_overlay, make_tiny, stock):
-    """Compiled, since stock's eager mode fails with two pipeline ranks on the CPU too."""
-    options = {"pipeline_parallel_size": 2, "enforce_eager": False}
-    parallel = case("pp", make_tiny(dtype="float32"), "1", llm=options)
-    result = run_engines(work / "pp", vllm_overlay, [parallel], VLLM_ENABLE_V1_MULTIPROCESSING="1")["pp"]
-    assert_path(result, "fused")
-    names = [set(paths(report)) for report in result["reports"]]
-    assert len(names) == 2 and not names[0] & names[1]
-    assert "layers fused" in result["log"] and "on pipeline rank 1" in result["log"]
-    assert_same_answers(result, stock["fp32"])
-
-
 # ------------------------------------------------------------------------------------------------------ OpenAI server
-@contextmanager
-def serving(site, model, log_path, **more):
-    """(address, process) of an OpenAI server on this fp32 model, engine in its own process, the fused path where it may run."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
-    command += ["--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
-    command += ["--enforce-eager", "--max-model-len", "256", "--kv-cache-memory-bytes", str(32 << 20)]
-    settings = {"VLLM_USE_MIRAGE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_SERVER_DEV_MODE": "1", **more}
-    with log_path.open("w") as log:
-        process = subprocess.Popen(command, env=environment(site, **settings), stdout=log, stderr=subprocess.STDOUT)
-    try:
-        wait_until_healthy(f"http://127.0.0.1:{port}/health", process, log_path)
-        yield f"http://127.0.0.1:{port}", process
-    finally:
-        process.terminate()
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
 @pytest.fixture
 def server(work, vllm_overlay, make_tiny):
     with serving(vllm_overlay, make_tiny(dtype="float32"), work / "server.log") as (url, _):
         yield url
-
-
-def wait_until_healthy(url, process, log_path):
-    deadline = time.monotonic() + START_S
-    while time.monotonic() < deadline:
-        assert process.poll() is None, log_path.read_text()[-4000:]
-        try:
-            with urllib.request.urlopen(url, timeout=5):
-                return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.5)
-    pytest.fail(f"the server was not ready after {START_S} s: {log_path.read_text()[-4000:]}")
-
-
-def reports_of(url):
-    """mirage_report() of the server's workers."""
-    request = urllib.request.Request(f"{url}/collective_rpc", b'{"method": "mirage_report"}', {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=30) as response:
-        return json.load(response)["results"]
 
 
 def test_the_openai_server_answers_a_client_on_the_fused_path(server, stock):

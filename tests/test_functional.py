@@ -3,70 +3,36 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
 import torch
+from engines import run_engines
+from sabotage_worker import SABOTAGES
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 import test_mirage_qwen3 as script
 
 SCRIPT = Path(script.__file__)
-
-
-# --------------------------------------------------------------------------- a vLLM with an overlay that may be wrong
+SABOTAGE_WORKER = Path(__file__).parent / "sabotage_worker.py"
 OPS_FILE = "model_executor/layers/fused_mirage_ops.py"
 
 
-@pytest.fixture(scope="module")
-def package(vllm_overlay, tmp_path_factory):
-    """The overlaid vLLM once more, as links to its files: one of them can be replaced."""
-    package = tmp_path_factory.mktemp("site") / "vllm"
-    return shutil.copytree(vllm_overlay / "vllm", package, copy_function=os.symlink)
-
-
-@pytest.fixture
-def overlaid(package, monkeypatch):
-    """The overlaid vLLM is what processes started from here import; its operations file may be written to."""
-    ops = package / OPS_FILE
-    right = ops.resolve()
-    ops.unlink()
-    shutil.copy(right, ops)
-    monkeypatch.setenv("PYTHONPATH", str(package.parent))
-    monkeypatch.delenv("VLLM_MIRAGE_OPS", raising=False)
-    monkeypatch.delenv("VLLM_USE_MIRAGE", raising=False)
-    yield package
-    ops.unlink()
-    ops.symlink_to(right)
-
-
-def tiny_spec():
-    return script.engine_spec(script.parse_arguments(["--model", "tiny", "--max-tokens", "16"]), script.count_gpus())
-
-
-@pytest.fixture(scope="module")
-def stock(package, tmp_path_factory):
-    """What the stock path answers, for all tests that change only the overlay."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(package.parent))
-        return script.run_arm("0", tiny_spec(), tmp_path_factory.mktemp("stock"), verbose=False)
-
-
-def run_script(*arguments, pythonpath=None):
-    environment = {**os.environ, "PYTHONPATH": str(pythonpath)} if pythonpath else dict(os.environ)
+def run_script(*arguments, pythonpath):
+    environment = {**os.environ, "PYTHONPATH": str(pythonpath), "VLLM_CACHE_ROOT": f"{pythonpath}/cache"}
     command = [sys.executable, str(SCRIPT), *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
 
 # --------------------------------------------------------------------------- the real engine
 @pytest.mark.engine
-def test_the_overlay_passes_on_the_tiny_model(overlaid):
-    done = run_script("--model", "tiny", "--max-tokens", "16", pythonpath=overlaid.parent)
+def test_the_overlay_passes_on_the_tiny_model(vllm_overlay, monkeypatch):
+    monkeypatch.delenv("VLLM_USE_MIRAGE", raising=False)
+    monkeypatch.delenv("VLLM_MIRAGE_OPS", raising=False)
+    done = run_script("--model", "tiny", "--max-tokens", "16", pythonpath=vllm_overlay)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "112 of 112 tokens" in done.stdout  # 7 prompts (the first one twice), float32: none differs
     for op in ("norm_qkv", "attention", "o_proj", "norm_gate_up", "down_proj"):
@@ -74,68 +40,29 @@ def test_the_overlay_passes_on_the_tiny_model(overlaid):
     assert done.stdout.splitlines()[-1] == "PASS: the overlay's answers equal stock vLLM's."
 
 
-SABOTAGES = {  # (stand-in, body of its wrong __call__)
-    "gamma forgotten": (
-        "FusedRMSNormQKV",
-        """
-        weight = self.norm_layer.weight
-        kept, weight.data = weight.data, torch.ones_like(weight.data)
-        out = _right(self, *arguments)
-        weight.data = kept
-        return out
-        """,
-    ),
-    "residual dropped": ("FusedRMSNormQKV", "return _right(self, arguments[0], None)"),
-    "normalised twice": (
-        "FusedRMSNormQKV",
-        """
-        total = arguments[0] if arguments[1] is None else arguments[0] + arguments[1]
-        qkv, _ = _right(self, self.norm_layer(total), None)
-        return qkv, total
-        """,
-    ),
-    "eps a thousand times too large, in the first layer": (
-        "FusedRMSNormQKV",
-        """
-        if arguments[1] is not None:
-            return _right(self, *arguments)
-        kept, self.norm_layer.variance_epsilon = self.norm_layer.variance_epsilon, 1e-3
-        out = _right(self, *arguments)
-        self.norm_layer.variance_epsilon = kept
-        return out
-        """,
-    ),
-    "the norm before the MLP adds no residual": (
-        "FusedRMSNormGateUpSiLU",
-        "return _right(self, arguments[0], torch.zeros_like(arguments[1]))",
-    ),
-    "positions one too far": ("FusedAttention", "return _right(self, arguments[0] + (arguments[0] > 3), arguments[1])"),
-    "one column of a projection lost": (
-        "FusedLinear",
-        "return _right(self, arguments[0] * (torch.arange(arguments[0].shape[1]) > 0), arguments[1])",
-    ),
-}
+@pytest.fixture(scope="module")
+def arms(vllm_overlay, tmp_path_factory):
+    """What the stock path, wrong overlays and one without ops answer; one process for all, in place of the script's one for each arm."""
+    spec = script.engine_spec(script.parse_arguments(["--model", "tiny", "--max-tokens", "16"]), script.count_gpus())
+    on = {"spec": spec, "env": {"VLLM_USE_MIRAGE": "1"}}
+    cases = [{"name": "stock", "spec": spec, "env": {"VLLM_USE_MIRAGE": "0"}}]
+    cases += [{"name": name, "sabotage": name, **on} for name in SABOTAGES]
+    cases += [{"name": "no ops", "spec": spec, "env": {"VLLM_USE_MIRAGE": "1", "VLLM_MIRAGE_OPS": "none"}}]
+    return run_engines(tmp_path_factory.mktemp("arms") / "all", vllm_overlay, cases, worker=SABOTAGE_WORKER)
 
 
 @pytest.mark.engine
 @pytest.mark.parametrize("sabotage", SABOTAGES)
-def test_a_wrong_overlay_fails(sabotage, overlaid, stock, tmp_path, capsys):
-    stand_in, body = SABOTAGES[sabotage]
-    with (overlaid / OPS_FILE).open("a") as ops:
-        ops.write(f"\n_right = {stand_in}.__call__\ndef _wrong(self, *arguments):\n")
-        ops.write(textwrap.indent(textwrap.dedent(body).strip(), "    "))
-        ops.write(f"\n{stand_in}.__call__ = _wrong\n")
-    overlay = script.run_arm("1", tiny_spec(), tmp_path, verbose=False)
+def test_a_wrong_overlay_fails(sabotage, arms, capsys):
+    overlay = arms[sabotage]
     assert not script.check_overlay_report(overlay["reports"])  # the path is right: the answers give it away
-    assert script.report(stock, overlay, verbose=False, random_weights=True) == 1
+    assert script.report(arms["stock"], overlay, verbose=False, random_weights=True) == 1
     assert "FAIL: the answers differ." in capsys.readouterr().out
 
 
 @pytest.mark.engine
-def test_an_overlay_that_stays_on_the_stock_path_fails(overlaid, stock, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("VLLM_MIRAGE_OPS", "none")
-    overlay = script.run_arm("1", tiny_spec(), tmp_path, verbose=False)
-    assert script.report(stock, overlay, verbose=False, random_weights=True) == 1
+def test_an_overlay_that_stays_on_the_stock_path_fails(arms, capsys):
+    assert script.report(arms["stock"], arms["no ops"], verbose=False, random_weights=True) == 1
     output = capsys.readouterr().out
     assert "3 of 3 layers took the stock path" in output and "VLLM_MIRAGE_OPS" in output
     assert "FAIL: the path is not the one asked for." in output

@@ -26,8 +26,8 @@ import pytest
 import torch
 from conftest import PATCHES
 from engine_worker import PROMPTS
+from engines import OPS, environment
 from matrix_worker import MAX_TOKENS
-from test_engine import OPS, environment
 from test_matrix import LORA, Row, as_case, make_adapter, make_models
 
 from test_mirage_qwen3 import TINY_SIZES, TOLERANCE, Comparison, compare_completions, make_tiny_qwen3

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from test_engine import reports_of, serving
+from engines import reports_of, serving
 
 pytestmark = pytest.mark.engine
 

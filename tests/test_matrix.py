@@ -2,7 +2,8 @@
 """What vLLM can do with a Qwen3, in the real engine on the CPU: the answers with VLLM_USE_MIRAGE=1 are those with 0.
 
 Each row of ROWS runs twice in one process (matrix_worker.py). A row says which path norm + QKV must take, and a test below it
-proves that the feature was in use. test_engine.py holds the rows of the switch, bf16, int8, TP, PP, compiled and the server.
+proves that the feature was in use. test_engine.py holds the rows of the switch, bf16, int8, TP and the server, test_compiled.py
+the compiled ones and PP.
 """
 
 import json
@@ -14,8 +15,8 @@ from typing import Any
 
 import pytest
 import torch
+from engines import run_engines
 from safetensors.torch import load_file, save_file
-from test_engine import run_engines
 
 from test_mirage_qwen3 import TOLERANCE, compare_arms, make_tiny_qwen3
 
