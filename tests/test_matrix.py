@@ -162,6 +162,7 @@ class Row:
 
 LORA = {"enable_lora": True, "max_lora_rank": 8, "max_loras": 2}
 BF16 = {"dtype": "bfloat16"}
+NO_4_BIT_GEMM = "" if torch.cpu._is_avx512_supported() else "cpu_gemm_wna16"  # vLLM has CPU builds with AVX-512 and without
 ROWS = {
     "plain": Row("long_prompts"),
     "prefix caching": Row("twice", llm={"enable_prefix_caching": True, "block_size": 32}),
@@ -171,9 +172,8 @@ ROWS = {
     "wrong draft": Row("long_prompts", llm={"speculative_config": {"model": "other", "num_speculative_tokens": 3}}),
     "lora": Row("adapters", llm=LORA, path="stock", reason="LoRA", adapters="q_proj"),
     "lora on o_proj": Row("adapters", llm={**LORA, "lora_target_modules": ["o_proj"]}, adapters="o_proj"),
-    # Without AVX-512 the CPU build has no 4-bit GEMM.
-    "awq": Row(model="awq", llm=BF16, path="stock", reason="quantised (AutoAWQMarlinLinearMethod)", stops="cpu_gemm_wna16"),
-    "gptq": Row(model="gptq", llm=BF16, path="stock", reason="quantised (AutoGPTQLinearMethod)", stops="cpu_gemm_wna16"),
+    "awq": Row(model="awq", llm=BF16, path="stock", reason="quantised (AutoAWQMarlinLinearMethod)", stops=NO_4_BIT_GEMM),
+    "gptq": Row(model="gptq", llm=BF16, path="stock", reason="quantised (AutoGPTQLinearMethod)", stops=NO_4_BIT_GEMM),
     # Without AMX the CPU build has no fp8 GEMM, and fails at the first run of the model.
     "fp8": Row(model="fp8", llm=BF16, path="stock", reason="quantised (Fp8LinearMethod)", stops="scaled_fp8_quant"),
     "bias": Row(model="bias", path="stock", reason="qkv_proj has a bias"),
