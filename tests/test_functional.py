@@ -42,12 +42,12 @@ def test_the_overlay_passes_on_the_tiny_model(vllm_overlay, monkeypatch):
 
 @pytest.fixture(scope="module")
 def arms(vllm_overlay, tmp_path_factory):
-    """What the stock path, wrong overlays and one without ops answer; one process for all, in place of the script's one for each arm."""
+    """What the stock path, wrong overlays, one without ops and the right one answer: in one process, where the script has one for each."""
     spec = script.engine_spec(script.parse_arguments(["--model", "tiny", "--max-tokens", "16"]), script.count_gpus())
     on = {"spec": spec, "env": {"VLLM_USE_MIRAGE": "1"}}
     cases = [{"name": "stock", "spec": spec, "env": {"VLLM_USE_MIRAGE": "0"}}]
     cases += [{"name": name, "sabotage": name, **on} for name in SABOTAGES]
-    cases += [{"name": "no ops", "spec": spec, "env": {"VLLM_USE_MIRAGE": "1", "VLLM_MIRAGE_OPS": "none"}}]
+    cases += [{"name": "no ops", "spec": spec, "env": {"VLLM_USE_MIRAGE": "1", "VLLM_MIRAGE_OPS": "none"}}, {"name": "right", **on}]
     return run_engines(tmp_path_factory.mktemp("arms") / "all", vllm_overlay, cases, worker=SABOTAGE_WORKER)
 
 
@@ -58,6 +58,13 @@ def test_a_wrong_overlay_fails(sabotage, arms, capsys):
     assert not script.check_overlay_report(overlay["reports"])  # the path is right: the answers give it away
     assert script.report(arms["stock"], overlay, verbose=False, random_weights=True) == 1
     assert "FAIL: the answers differ." in capsys.readouterr().out
+
+
+@pytest.mark.engine
+def test_the_right_overlay_passes_after_the_wrong_ones(arms, capsys):
+    """So what they fail of is not left behind in their process."""
+    assert script.report(arms["stock"], arms["right"], verbose=False, random_weights=True) == 0
+    assert "PASS" in capsys.readouterr().out
 
 
 @pytest.mark.engine
