@@ -223,6 +223,7 @@ install_vllm() {
 # Of its 16,000 Python files few are ever imported: compiling all took 39 s of 294 (two cores); the first start compiles those few.
 install_cpu_vllm() {
   local requirements
+  [[ $PYTHON != *' '* ]] || warn "$CPU_TORCH compiles nothing in a path with a space ($PYTHON), so vLLM will stop there: move this checkout, or activate an environment elsewhere."
   mapfile -t requirements < <(cpu_requirements)
   install_cpu_torch
   install_or_die "what vLLM imports (${#requirements[@]} packages)" --no-compile "${requirements[@]}"

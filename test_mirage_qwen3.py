@@ -312,6 +312,8 @@ class ArmFailed(Exception):
         lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
         errors = [line for line in lines if re.search(r"(Error|Exception)\b.*:", line)]
         cause = (errors or lines or ["it printed nothing"])[-1]
+        if "CppCompileError" in cause and " " in sys.prefix:  # seen with torch 2.13.0+cpu
+            cause = f"torch cannot compile in a path with a space ({sys.prefix}): make the environment elsewhere."
         super().__init__(f"The engine with VLLM_USE_MIRAGE={switch} stopped with exit code {returncode}: {cause}")
         self.tail = lines[-25:]
 

@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -71,35 +72,34 @@ def apply_overlay(package: Path) -> None:
     shutil.copytree(PATCHES, package, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
 
 
+def made_once(folder: Path, make: Callable[[Path], object]) -> Path:
+    """The folder, by make(folder) if there is none: whole or not there, also when several of pytest's workers ask for it at once."""
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"), tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            if not folder.exists():
+                make(Path(scratch, "made"))
+                Path(scratch, "made").rename(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
-def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
-    """once(name, fill): a folder of this run, filled by fill(folder) in the first of pytest's workers that needs it."""
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of this run, in which each of pytest's workers has its own."""
     base = tmp_path_factory.getbasetemp()
-    run = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # each worker has its folder in that of the run
-
-    def get(name: str, fill: Callable[[Path], object]) -> Path:
-        folder, done = run / name, run / f"{name}.done"
-        with FileLock(run / f"{name}.lock"):
-            if not done.exists():
-                shutil.rmtree(folder, ignore_errors=True)  # what a worker that failed left behind
-                folder.mkdir()
-                fill(folder)
-                done.touch()
-        return folder
-
-    return get
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
 
 @pytest.fixture(scope="session")
-def vllm_stock(once: Callable[..., Path]) -> Path:
+def vllm_stock(run_folder: Path) -> Path:
     """A folder for PYTHONPATH whose vllm is stock."""
-    return once("stock", copy_stock)
+    return made_once(run_folder / "stock", copy_stock)
 
 
 @pytest.fixture(scope="session")
-def vllm_overlay(once: Callable[..., Path]) -> Path:
+def vllm_overlay(run_folder: Path) -> Path:
     """A folder for PYTHONPATH whose vllm has the overlay."""
-    return once("overlay", lambda site: apply_overlay(copy_stock(site)))
+    return made_once(run_folder / "overlay", lambda site: apply_overlay(copy_stock(site)))
 
 
 @pytest.fixture(scope="session")

@@ -16,8 +16,7 @@ import pytest
 import torch
 
 WORKER = Path(__file__).parent / "engine_worker.py"
-LIMIT_S = 400  # of one process; the slowest, that of test_matrix.py, took 155 s on two cores that three of them shared
-START_S = 180  # of the OpenAI server; about 40 s on two idle cores
+LIMIT_S = 400  # of one process (that of test_matrix.py took 155 s beside two others on two cores), and until a server is ready
 LAYERS = [f"model.layers.{index}" for index in range(3)]
 OPS = ("norm_qkv", "attention", "o_proj", "norm_gate_up", "down_proj")
 
@@ -114,7 +113,7 @@ def serving(site, model, log_path, **more):
 
 
 def wait_until_healthy(url, process, log_path):
-    deadline = time.monotonic() + START_S
+    deadline = time.monotonic() + LIMIT_S
     while time.monotonic() < deadline:
         assert process.poll() is None, log_path.read_text()[-4000:]
         try:
@@ -122,7 +121,7 @@ def wait_until_healthy(url, process, log_path):
                 return
         except (urllib.error.URLError, OSError):
             time.sleep(0.5)
-    pytest.fail(f"the server was not ready after {START_S} s: {log_path.read_text()[-4000:]}")
+    pytest.fail(f"the server was not ready after {LIMIT_S} s: {log_path.read_text()[-4000:]}")
 
 
 def reports_of(url):

@@ -12,6 +12,14 @@ contains() { [[ "$output" == *"$1"* ]] || { printf 'expected "%s" in:\n%s\n' "$1
 lacks() { [[ "$output" != *"$1"* ]] || { printf 'unexpected "%s" in:\n%s\n' "$1" "$output"; return 1; }; }
 succeeds() { [[ $status -eq 0 ]] || { printf 'exit status %s:\n%s\n' "$status" "$output"; return 1; }; }
 fails() { [[ $status -eq "${1:-1}" ]] || { printf 'exit status %s:\n%s\n' "$status" "$output"; return 1; }; }
+eventually() { # eventually COMMAND…: until it succeeds, 15 s at most; on a busy machine a process takes seconds to get there
+  for _ in $(seq 300); do
+    "$@" && return
+    sleep 0.05
+  done
+  printf 'not within 15 s: %s\n' "$*"
+  return 1
+}
 one_error() { [[ $(grep -c '^error: ' <<<"$output") -eq 1 ]] && lacks Traceback; }
 
 # ---------------------------------------------------------------- install, status, uninstall
@@ -490,10 +498,7 @@ one_sentence_and_stock() { one_error && [[ "$(who_imports)" == stock ]] && same_
   make_environment make_importable_vllm
   echo 'import time; time.sleep(20)' >>"$CHECKOUT/patches/vllm/model_executor/models/qwen3.py"
   "$ENVIRONMENT/bin/python" -B "$CHECKOUT/patches/overlay_files.py" install --vllm-dir "$VLLM" 3>&- &
-  for _ in $(seq 100); do
-    grep -q time.sleep "$VLLM/model_executor/models/qwen3.py" && break
-    sleep 0.05
-  done
+  eventually grep -q time.sleep "$VLLM/model_executor/models/qwen3.py"
   kill -TERM $!
   status=0 output=''
   wait $! || status=$?
@@ -506,20 +511,14 @@ one_sentence_and_stock() { one_error && [[ "$(who_imports)" == stock ]] && same_
 @test "a second run waits for the first, and says so" {
   make_environment
   with_fault hold:5 "$ENVIRONMENT/bin/python" -B "$CHECKOUT/patches/overlay_files.py" install --vllm-dir "$VLLM" 3>&- &
-  for _ in $(seq 100); do
-    [[ -e $VLLM/.mirage_overlay.json ]] && break
-    sleep 0.05
-  done
+  eventually test -e "$VLLM/.mirage_overlay.json"
   run engine install --wait 0.3
   fails
   one_error
   contains "another install.sh (process "
   "$CHECKOUT/install.sh" >"$BASE/second.log" 2>&1 3>&- &
   second=$!
-  for _ in $(seq 300); do # on a busy machine it may take seconds to get there
-    grep -q '^Waiting' "$BASE/second.log" && break
-    sleep 0.05
-  done
+  eventually grep -q '^Waiting' "$BASE/second.log"
   touch "$SITE/go"
   status=0
   wait "$second" || status=$?
@@ -564,6 +563,7 @@ make_wheelhouse() {
   PIP_FIND_LINKS="$WHEELS" installer --cpu --no-mirage
   succeeds
   contains "Making the virtual environment"
+  contains "compiles nothing in a path with a space ($CHECKOUT/.venv/bin/python)"
   contains "Overlay 1.0 is in $CHECKOUT/.venv/lib"
   PIP_FIND_LINKS="$WHEELS/none" installer
   succeeds
@@ -590,7 +590,7 @@ PY
   make_wheelhouse
   export PIP_FIND_LINKS="$WHEELS"
   "$CHECKOUT/install.sh" --cpu --no-mirage >"$BASE/first.log" 2>&1 3>&- &
-  until grep -q '^==> ' "$BASE/first.log"; do sleep 0.05; done
+  eventually grep -q '^==> ' "$BASE/first.log"
   installer --cpu --no-mirage
   succeeds
   contains "Waiting for another install.sh of this checkout"

@@ -7,6 +7,7 @@ A case has a "spec" for generate() of test_mirage_qwen3.py in place of "llm", an
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import engine_worker
 import torch
@@ -39,10 +40,8 @@ def normalised_twice(right: Any, op: Any, hidden_states: Any, residual: Any) -> 
 def large_eps_in_the_first_layer(right: Any, op: Any, hidden_states: Any, residual: Any) -> Any:
     if residual is not None:
         return right(op, hidden_states, residual)
-    kept, op.norm_layer.variance_epsilon = op.norm_layer.variance_epsilon, 1e-3
-    out = right(op, hidden_states, residual)
-    op.norm_layer.variance_epsilon = kept
-    return out
+    with patch.object(op.norm_layer, "variance_epsilon", 1e-3):
+        return right(op, hidden_states, residual)
 
 
 def no_residual_before_the_mlp(right: Any, op: Any, hidden_states: Any, residual: Any) -> Any:
@@ -79,11 +78,8 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     name, wrong = SABOTAGES[case["sabotage"]]
     stand_in = getattr(fused_mirage_ops, name)
     right = stand_in.__call__
-    stand_in.__call__ = lambda op, *arguments: wrong(right, op, *arguments)
-    try:
+    with patch.object(stand_in, "__call__", lambda op, *arguments: wrong(right, op, *arguments)):
         return script.generate(case["spec"])
-    finally:
-        stand_in.__call__ = right
 
 
 if __name__ == "__main__":

@@ -48,7 +48,9 @@ def arms(vllm_overlay, tmp_path_factory):
     cases = [{"name": "stock", "spec": spec, "env": {"VLLM_USE_MIRAGE": "0"}}]
     cases += [{"name": name, "sabotage": name, **on} for name in SABOTAGES]
     cases += [{"name": "no ops", "spec": spec, "env": {"VLLM_USE_MIRAGE": "1", "VLLM_MIRAGE_OPS": "none"}}, {"name": "right", **on}]
-    return run_engines(tmp_path_factory.mktemp("arms") / "all", vllm_overlay, cases, worker=SABOTAGE_WORKER)
+    results = run_engines(tmp_path_factory.mktemp("arms") / "all", vllm_overlay, cases, worker=SABOTAGE_WORKER)
+    assert not {name: arm["error"] for name, arm in results.items() if "error" in arm}
+    return results
 
 
 @pytest.mark.engine
@@ -267,6 +269,13 @@ def test_an_engine_that_does_not_start_ends_with_1_and_its_error(tmp_path):
     assert done.returncode == 1
     assert "stopped with exit code 1: RuntimeError: no engine today" in done.stdout
     assert done.stdout.splitlines()[-1] == "FAIL: an engine did not answer."
+
+
+@pytest.mark.parametrize(("prefix", "says"), [("/a b/.venv", "a path with a space (/a b/.venv): make"), ("/a/.venv", "C++ compile error")])
+def test_a_compiler_that_a_space_stops_is_told_with_the_mend(prefix, says, tmp_path, monkeypatch):
+    (tmp_path / "log").write_text("[rank0]: torch._inductor.exc.InductorError: CppCompileError: C++ compile error\n")
+    monkeypatch.setattr(sys, "prefix", prefix)
+    assert says in str(script.ArmFailed("0", 1, tmp_path / "log"))
 
 
 # --------------------------------------------------------------------------- the tiny models

@@ -16,7 +16,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from filelock import FileLock
+from conftest import made_once
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PATCHES = REPOSITORY / "patches" / "vllm"
@@ -38,8 +38,8 @@ def cache_folder() -> Path:
 
 
 def download(version: str, target: Path) -> None:
-    """Put the Python files of vLLM's wheel into target/vllm; all of them or none."""
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+    """Put the Python files of vLLM's wheel into target/vllm."""
+    with tempfile.TemporaryDirectory() as scratch:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
         command += ["--only-binary=:all:", "--platform", "manylinux_2_28_x86_64", "--dest", scratch]
         done = subprocess.run([*command, f"vllm=={version}"], capture_output=True, text=True)
@@ -51,20 +51,13 @@ def download(version: str, target: Path) -> None:
         [wheel] = Path(scratch).glob("*.whl")
         with zipfile.ZipFile(wheel) as archive:
             names = [name for name in archive.namelist() if name.startswith("vllm/") and name.endswith(".py")]
-            archive.extractall(f"{scratch}/files", names)
-        Path(scratch, "files").rename(target)
+            archive.extractall(target, names)
 
 
 @pytest.fixture(scope="module", params=sorted(STOCK_SHA256))
 def release(request) -> Path:
     """The package folder of a release."""
-    target = cache_folder() / request.param
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{target}.lock"):  # pytest's workers come here at the same time
-            if not target.exists():
-                download(request.param, target)
-    return target / "vllm"
+    return made_once(cache_folder() / request.param, lambda folder: download(request.param, folder)) / "vllm"
 
 
 def version_of(release: Path) -> str:
